@@ -1,0 +1,309 @@
+"""Questions about images: an embedded world to look at, and a reader for your own .jsonl files.
+
+What it teaches: *why an agent must look*. The world is a stand-in for V* (arXiv 2312.14135): a 768 x 768 canvas
+with small objects (a shape and a colour), each with a plate that carries a *mark*. The agent first sees the canvas
+reduced 8 times. Every mark is built from 8 x 8 tiles that are half dark and half light, so one pixel of the
+overview is the same grey whatever the mark: the overview holds no trace of it (tests/test_data.py proves it).
+Only a zoom shows the mark; without it, an answer is a guess among the options, and the number of options is the luck.
+
+    direct_attributes   "What mark is on the red circle?"                              one look
+    comparison          "Do the red circle and the blue square carry the same mark?"   two looks
+    coarse_to_fine      as the first, in a scene at half size: a coarse look finds the object, a fine one reads it
+
+Run it:  python data.py --out runs/world --n 12      # pictures + questions.jsonl, a file `eval.py --data` can read
+"""
+import argparse
+import base64
+import binascii
+import functools
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
+
+CANVAS, BLOCK, GRID = 768, 8, 4  # side of the canvas; side of the square that one overview pixel averages; cells a side
+CELL = CANVAS // GRID
+COLOURS = {"red": (214, 46, 46), "green": (44, 160, 64), "blue": (48, 84, 214),
+           "yellow": (228, 196, 44), "purple": (146, 60, 176), "cyan": (60, 190, 206)}
+SHAPES = ("circle", "square", "triangle", "diamond")
+MARKS = ("horizontal", "vertical", "rising", "falling", "chevron", "vee", "split", "checks")
+DARK, LIGHT = 32, 224  # (LIGHT - DARK) / 8 is whole, so averages of half-filled tiles are exact in 8 bits
+
+
+class DataError(ValueError):
+    """A question that cannot be read; says which file, line and field, what was found and what was expected."""
+
+
+@dataclass
+class Question:
+    """One question about one image. `open()` loads the image; a list of questions holds no pixels."""
+    text: str
+    answer: str
+    open: Callable[[], Image.Image] = field(repr=False)
+    choices: tuple[str, ...] = ()           # empty: an open question
+    category: str = ""
+    boxes: tuple[Box, ...] = ()             # evidence: every one of these must be seen to know the answer; () = unknown
+    objects: dict[str, Box] = field(default_factory=dict)  # what is where, by name; {} = unknown (real photographs)
+    id: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The text that the agent reads: the question, then lettered options."""
+        options = " ".join(f"({chr(65 + i)}) {choice}" for i, choice in enumerate(self.choices))
+        return f"{self.text}\nOptions: {options}" if options else self.text
+
+
+# ---- when is evidence seen? ------------------------------------------------------------------------------------
+
+def coverage(box: Box, target: Box) -> float:
+    """Share of the target's area that lies inside the box."""
+    width = min(box[2], target[2]) - max(box[0], target[0])
+    height = min(box[3], target[3]) - max(box[1], target[1])
+    return max(width, 0) * max(height, 0) / ((target[2] - target[0]) * (target[3] - target[1]))
+
+
+def holds(box: Box, target: Box) -> bool:
+    """The crop contains the target: at least two thirds of it."""
+    return coverage(box, target) >= 2 / 3
+
+
+def shows(box: Box, target: Box) -> bool:
+    """The crop contains the target *and* is close enough to read it: at most 3 x 3 times the target's area.
+
+    A crop keeps a bounded number of pixels, so a wide one is as blurred as the overview (test_data.py)."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return holds(box, target) and area <= 9 * (target[2] - target[0]) * (target[3] - target[1])
+
+
+# ---- the embedded world ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class World:
+    """How hard the world is. Every share is a probability per question."""
+    objects: int = 6       # objects a scene, 2 to 16, no two alike in both shape and colour
+    options: int = 4       # options of a mark question, 2 to 8; 0 asks openly (luck 1/8)
+    comparison: float = 0.25
+    coarse: float = 0.15   # share of coarse_to_fine questions (all objects at half size)
+    clutter: int = 4       # grey strokes on the ground, which carry nothing
+
+    def __post_init__(self):
+        if not 2 <= self.objects <= GRID * GRID:
+            raise DataError(f"objects: expected 2 to {GRID * GRID}, found {self.objects}")
+        if self.options != 0 and not 2 <= self.options <= len(MARKS):
+            raise DataError(f"options: expected 0 or 2 to {len(MARKS)}, found {self.options}")
+        if not (self.comparison >= 0 and self.coarse >= 0 and self.comparison + self.coarse <= 1):
+            raise DataError(f"comparison and coarse: expected shares with a sum of at most 1, found "
+                            f"{self.comparison} and {self.coarse}")
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    mark: str
+    centre: tuple[int, int]  # pixels of the original, a multiple of BLOCK
+    small: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def half(self) -> int:  # half the side of the object; its plate has half that side
+        return 4 * BLOCK if self.small else 8 * BLOCK
+
+    @property
+    def plate(self) -> Box:
+        (x, y), h = self.centre, self.half // 2
+        return (x - h, y - h, x + h, y + h)
+
+
+@functools.cache
+def mark_pixels(mark: str, small: bool) -> np.ndarray:
+    """The plate's pixels, (side, side) uint8: every aligned 8 x 8 block averages exactly to (DARK + LIGHT) / 2."""
+    period = BLOCK // 2 if small else BLOCK
+    side = 8 * period
+    y, x = np.mgrid[:side, :side]
+    half, left = period // 2, x < side // 2
+    phase = {"horizontal": y, "vertical": x, "rising": x + y, "falling": x - y, "chevron": np.where(left, x + y, x - y),
+             "vee": np.where(left, x - y, x + y), "split": np.where(left, y, x),
+             "checks": half * (x // half + y // half)}[mark]
+    light = phase % period < half
+    return np.where(light, LIGHT, DARK).astype(np.uint8)
+
+
+@functools.cache
+def shape_mask(shape: str, half: int) -> np.ndarray:
+    """(2 half, 2 half) bool, which pixels of an object's square belong to its shape."""
+    y, x = np.mgrid[:2 * half, :2 * half] + .5 - half
+    return {"circle": x**2 + y**2 <= half**2, "square": np.maximum(abs(x), abs(y)) <= .8 * half,
+            "triangle": 2 * abs(x) <= y + half, "diamond": abs(x) + abs(y) <= half}[shape]
+
+
+@functools.cache
+def ground() -> np.ndarray:
+    """The canvas without objects: red grows to the right, green downwards (a weak cue to where a crop was cut)."""
+    y, x = np.mgrid[:CANVAS, :CANVAS] / CANVAS
+    return np.stack([70 + 110 * x, 70 + 110 * y, 0 * x + 110], -1).astype(np.uint8)
+
+
+def draw(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
+    """The scene at full resolution, RGB, CANVAS x CANVAS."""
+    canvas = Image.fromarray(ground().copy())
+    pen, rng = ImageDraw.Draw(canvas), np.random.default_rng(seed)
+    for _ in range(clutter):
+        x, y, dx, dy = rng.integers(0, CANVAS, 2).tolist() + rng.integers(-60, 60, 2).tolist()
+        pen.line((x, y, x + dx, y + dy), fill=(90, 90, 90), width=6)
+    pixels = np.asarray(canvas).copy()
+    for thing in things:
+        (x, y), h = thing.centre, thing.half
+        square = pixels[y - h:y + h, x - h:x + h]
+        square[shape_mask(thing.shape, h)] = COLOURS[thing.colour]
+        square[h // 2:3 * h // 2, h // 2:3 * h // 2] = mark_pixels(thing.mark, thing.small)[..., None]
+    return Image.fromarray(pixels)
+
+
+def scene(rng: np.random.Generator, objects: int, small: bool) -> list[Thing]:
+    """Objects in different cells, none alike, each moved from its cell's centre by up to 4 blocks, 2 at a time."""
+    kinds = rng.choice(len(COLOURS) * len(SHAPES), objects, replace=False)
+    cells = rng.choice(GRID * GRID, objects, replace=False)
+    marks = rng.choice(MARKS, objects)
+    things = []
+    for kind, cell, mark in zip(kinds, cells, marks):
+        move = 2 * BLOCK * rng.integers(-2, 3, 2)
+        centre = (int(cell % GRID * CELL + CELL // 2 + move[0]), int(cell // GRID * CELL + CELL // 2 + move[1]))
+        things.append(Thing(SHAPES[kind % 4], list(COLOURS)[kind // 4], str(mark), centre, small))
+    return things
+
+
+def world_question(world: World, seed: int, split: str, index: int) -> Question:
+    """Question `index` of an endless stream, always the same for the same arguments. Streams of different splits
+    ("train", "test", "cold") never share their random numbers."""
+    stream = {"train": 0, "test": 1, "cold": 2}[split]
+    rng = np.random.default_rng([seed, stream, index])
+    kind = rng.choice(3, p=[1 - world.comparison - world.coarse, world.comparison, world.coarse])
+    things = scene(rng, world.objects, small=bool(kind == 2))
+    first, second = things[:2]
+    if kind == 1:
+        if rng.random() < .5:  # make half of the pairs alike
+            things[1] = second = Thing(second.shape, second.colour, first.mark, second.centre, second.small)
+        text = f"Do the {first.name} and the {second.name} carry the same mark?"
+        answer, choices, evidence = "yes" if first.mark == second.mark else "no", ("yes", "no"), (first, second)
+    else:
+        text, answer, evidence = f"What mark is on the {first.name}?", first.mark, (first,)
+        wrong = rng.permutation([mark for mark in MARKS if mark != answer])[:max(world.options - 1, 0)]
+        choices = tuple(str(c) for c in rng.permutation([answer, *wrong])) if world.options else ()
+    return Question(text, answer, functools.partial(draw, things, world.clutter, int(rng.integers(2**31))), choices,
+                    ("direct_attributes", "comparison", "coarse_to_fine")[kind],
+                    tuple(t.plate for t in evidence), {t.name: t.plate for t in things}, f"{split}-{seed}-{index}")
+
+
+def world_questions(world: World, seed: int, split: str, start: int, count: int) -> list[Question]:
+    return [world_question(world, seed, split, start + i) for i in range(count)]
+
+
+# ---- your own questions ----------------------------------------------------------------------------------------
+
+def read_jsonl(path: str | Path) -> Iterator[Question]:
+    """Questions from a .jsonl file, one object a line: image (a path relative to the file, or base64), question,
+    answer; optional choices, category, boxes ([[x1, y1, x2, y2], ..] in pixels of the original), objects
+    ({name: box}), id. Blank lines are skipped. Raises DataError with file, line and field."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected one JSON object a line")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield parse_record(line, path, f"{path}:{number}", default_id=f"{path.stem}-{number}")
+
+
+def parse_record(line: str, path: Path, where: str, default_id: str) -> Question:
+    def fail(name, expected, found):
+        found = repr(found)
+        raise DataError(f"{where}: field '{name}': expected {expected}, found {found[:80]}")
+
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object, found {line.strip()[:60]!r} ({error})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
+    for name in ("image", "question", "answer"):
+        if name not in record:
+            raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
+        if not isinstance(record[name], str) or not record[name].strip():
+            fail(name, "a text that is not empty", record[name])
+    choices = record.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or len(choices) > 26:
+        fail("choices", "a list of at most 26 texts", choices)
+
+    def as_box(name, value) -> Box:
+        numbers = isinstance(value, list) and len(value) == 4 and all(
+            type(v) in (int, float) and abs(v) < 1e9 for v in value)  # NaN and bool fail here too
+        if not numbers or value[0] >= value[2] or value[1] >= value[3]:
+            fail(name, "[x1, y1, x2, y2] with x1 < x2 and y1 < y2", value)
+        return tuple(value)
+
+    boxes, objects = record.get("boxes") or [], record.get("objects") or {}
+    if not isinstance(boxes, list):
+        fail("boxes", "a list of boxes", boxes)
+    if not isinstance(objects, dict):
+        fail("objects", "an object of name: box", objects)
+    return Question(record["question"], record["answer"], image_opener(record["image"], path.parent, where),
+                    tuple(choices), str(record.get("category") or ""), tuple(as_box("boxes", b) for b in boxes),
+                    {k: as_box("objects", b) for k, b in objects.items()}, str(record.get("id") or default_id))
+
+
+def image_opener(text: str, folder: Path, where: str) -> Callable[[], Image.Image]:
+    """A function that opens the image named (or contained, as base64) in `text`. Checked now, opened when asked."""
+    file = folder / text if len(text) < 1024 else None
+    if file is not None and file.is_file():
+        source = lambda: file
+    else:
+        try:
+            data = base64.b64decode(text.split(",", 1)[-1] if text.startswith("data:") else text, validate=True)
+        except (binascii.Error, ValueError):
+            data = b""
+        if len(data) < 16:
+            raise DataError(f"{where}: field 'image': expected a file beside {folder} or base64, found {text[:60]!r}")
+        source = lambda: io.BytesIO(data)
+
+    def load():
+        try:
+            return Image.open(source()).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{where}: field 'image': expected a picture that Pillow can read, found: {error}") from None
+
+    return load
+
+
+def write_jsonl(questions: list[Question], folder: str | Path) -> Path:
+    """Save questions with their images in the format that `read_jsonl` reads; returns the .jsonl file's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for i, q in enumerate(questions):
+            q.open().save(folder / f"{i:04d}.png")
+            file.write(json.dumps({"image": f"{i:04d}.png", "question": q.text, "answer": q.answer,
+                                   "choices": q.choices, "category": q.category, "boxes": q.boxes,
+                                   "objects": q.objects, "id": q.id}) + "\n")
+    return folder / "questions.jsonl"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Save some questions of the embedded world.")
+    parser.add_argument("--out", default="runs/world", help="folder for the pictures and questions.jsonl")
+    parser.add_argument("--n", type=int, default=12, help="how many")
+    parser.add_argument("--options", type=int, default=4, help="options of a mark question, 0 or 2 to 8")
+    args = parser.parse_args()
+    questions = world_questions(World(options=args.options), seed=0, split="test", start=0, count=args.n)
+    file = write_jsonl(questions, args.out)
+    for q in questions:
+        print(f"{q.category:18} {q.prompt!r} -> {q.answer}")
+    print(f"saved {file}")
