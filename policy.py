@@ -1,0 +1,296 @@
+"""The vision-language model as a policy: tokens in, tokens out.
+
+What it teaches: everything between a Hugging Face model and an RL loop. Images become features once and placeholders
+in the token sequence; M-RoPE gives every token three positions (time, height, width); a `Session` samples a batch of
+conversations over several turns in one KV cache, with each question's prompt prefilled once for its whole group; and
+`logprobs` recomputes, for training, the log-probabilities of the agent's own tokens only.
+
+One rule holds it together: *the sampler and the trainer evaluate the same distribution*, log_softmax of the logits
+over temperature with image placeholders banned, so that the ratio of new to old policy is exactly 1 before a step
+(tests/test_policy.py holds the two within 1e-4, for any padding and batch order).
+
+Run it:  python policy.py            # loads tiny/, samples, recomputes, and prints the largest difference
+"""
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from tools import SYSTEM_PROMPT, Resolution
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@dataclass
+class Tokens:
+    """A piece of conversation: token ids, and for each image in it the grid of its placeholders and its features."""
+    ids: list[int]
+    grids: list[tuple[int, int]] = field(default_factory=list)   # (height, width) in placeholders
+    features: list[Tensor] = field(default_factory=list)         # (height x width, D) each
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features)
+
+
+def mrope_positions(ids: Tensor, grids: list[tuple[int, int]], image_id: int, start: int = 0) -> tuple[Tensor, int]:
+    """M-RoPE (Qwen2-VL, arXiv 2409.12191, sec. 2.1): ids (L,) -> positions (3, L) and the next free position.
+
+    A text token has the same position on all three axes. An image of h x w placeholders starts at p: token (i, j)
+    gets (p, p + i, p + j), and what follows it continues at p + max(h, w)."""
+    is_image = ids == image_id
+    if sum(h * w for h, w in grids) != int(is_image.sum()):
+        raise ValueError(f"{int(is_image.sum())} image placeholders for grids {grids}: the counts must agree")
+    positions, column, images = torch.empty(3, len(ids), dtype=torch.long), 0, iter(grids)
+    while column < len(ids):
+        if is_image[column]:
+            h, w = next(images)
+            grid = torch.stack([torch.zeros(h, w), *torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")])
+            positions[:, column:column + h * w] = grid.reshape(3, -1).long() + start
+            column, start = column + h * w, start + max(h, w)
+        else:
+            images_ahead = is_image[column:].nonzero()
+            length = int(images_ahead[0]) if len(images_ahead) else len(ids) - column
+            positions[:, column:column + length] = torch.arange(start, start + length)
+            column, start = column + length, start + length
+    return positions, start
+
+
+class Policy:
+    """A model directory of the Qwen2.5-VL family with its tokenizer and image processor."""
+
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """Raises FileNotFoundError for a local path without a model, ValueError for a model of another kind."""
+        self.path = Path(path)
+        if self.path.exists() and not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model directory")
+        config = AutoConfig.from_pretrained(path)
+        if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
+            raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, found {config.model_type}")
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        # AutoProcessor would ask for torchvision, because of video; the two parts that we need do not
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
+        self.device, self.image_id = torch.device(device), config.image_token_id
+        self.language = self.model.model.language_model
+        size, merge = self.processor.size, self.processor.merge_size
+        self.merge = merge
+        self.resolution = Resolution(self.processor.patch_size * merge, size["shortest_edge"], size["longest_edge"])
+        system = self.path / "system_prompt.txt"  # our own models bring theirs; others get the one in tools.py
+        self.system_prompt = system.read_text(encoding="utf-8") if system.is_file() else SYSTEM_PROMPT
+        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        vision = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
+        self.banned = torch.tensor([i for t, i in self.tokenizer.get_added_vocab().items() if t in vision], device=device)
+        pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # may be larger than the tokenizer's
+        self.closes = torch.tensor([">" in (p or "") for p in pieces] + [False] * (vocabulary - len(pieces)), device=device)
+
+    # ---- text and images -> Tokens -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> list[Tokens]:
+        """Placeholders with features, one `Tokens` an image. The images have the size that the model shall see.
+
+        Without gradients: the vision tower stays frozen, so an image is encoded once for sampling, training and score."""
+        if not images:
+            return []
+        batch = self.processor(images=images, do_resize=False, return_tensors="pt")
+        pixels = batch["pixel_values"].to(self.device, self.model.dtype)
+        features = self.model.get_image_features(pixels, batch["image_grid_thw"].to(self.device)).pooler_output
+        grids = [(h // self.merge, w // self.merge) for _, h, w in batch["image_grid_thw"].tolist()]
+        return [Tokens([self.image_id] * (h * w), [(h, w)], [f]) for (h, w), f in zip(grids, features)]
+
+    def tokens(self, *parts: "str | Tokens") -> Tokens:
+        """Concatenate texts and encoded images. Text is trusted: special tokens in it become special tokens."""
+        result = Tokens([])
+        for part in parts:
+            if isinstance(part, str):
+                part = Tokens(self.tokenizer.encode(part, add_special_tokens=False))
+            result = result + part
+        return result
+
+    def prompt(self, image: Tokens, text: str) -> Tokens:
+        """The conversation's opening in ChatML: system prompt (unless empty), image, question, the agent's turn."""
+        system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n" if self.system_prompt else ""
+        text = text.replace("<|", "< |")  # a question must not smuggle in special tokens
+        return self.tokens(f"{system}<|im_start|>user\n<|vision_start|>", image,
+                           f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
+
+    def observation(self, content: "Tokens | str") -> Tokens:
+        """What the tool returned, as a user turn after the agent's: a crop, or an error's text."""
+        if isinstance(content, Tokens):
+            content = self.tokens("<|vision_start|>", content, "<|vision_end|>")
+        return self.tokens("<|im_end|>\n<|im_start|>user\n<tool_response>", content,
+                           "</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    # ---- Tokens -> hidden states -------------------------------------------------------------------------------
+
+    def inputs(self, batch: list[Tokens], starts: list[int], left: bool) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Pad a batch: embeddings (B, L, D), mask (B, L), positions (3, B, L), and each row's next position."""
+        longest = max(len(t.ids) for t in batch)
+        ids = torch.full((len(batch), longest), self.end_id)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(batch), longest, dtype=torch.long)
+        ends = []
+        for row, (tokens, start) in enumerate(zip(batch, starts)):
+            n = len(tokens.ids)
+            span = slice(longest - n, None) if left else slice(0, n)
+            row_ids = torch.tensor(tokens.ids)
+            ids[row, span], mask[row, span] = row_ids, 1
+            positions[:, row, span], end = mrope_positions(row_ids, tokens.grids, self.image_id, start)
+            ends.append(end)
+        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
+        embeddings = self.language.embed_tokens(ids)
+        if features := [f for t in batch for f in t.features]:
+            embeddings = embeddings.masked_scatter((ids == self.image_id)[..., None], torch.cat(features).to(embeddings))
+        return embeddings, mask, positions, ends
+
+    def hidden(self, batch: list[Tokens]) -> Tensor:
+        """Last hidden states (B, L, D) of whole sequences, padded on the right."""
+        embeddings, mask, positions, _ = self.inputs(batch, [0] * len(batch), left=False)
+        return self.language(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
+                             use_cache=False).last_hidden_state
+
+    # ---- the one distribution ----------------------------------------------------------------------------------
+
+    def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
+        """(..., D) -> log-probabilities (..., V) in float32: what is sampled from, and what is trained."""
+        logits = self.model.lm_head(hidden).float() / temperature
+        return F.log_softmax(logits.index_fill(-1, self.banned, float("-inf")), -1)
+
+    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0,
+                 chunk: int = 2048) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens where a row's mask is true, and the entropies there, each (B, L - 1).
+
+        Column t speaks of token t + 1; everything else is 0. Logits exist only at masked positions, `chunk` at a
+        time, and are computed again in the backward pass, so memory never holds (B, L, V)."""
+        hidden = self.hidden(batch)[:, :-1]
+        own = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        targets = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        for row, (tokens, mask) in enumerate(zip(batch, masks)):
+            own[row, :len(mask) - 1] = torch.tensor(mask[1:])
+            targets[row, :len(mask) - 1] = torch.tensor(tokens.ids[1:])
+        own, targets = own.to(self.device), targets.to(self.device)
+
+        def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            logp = self.log_softmax(h, temperature)
+            with torch.no_grad():
+                entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            return logp.gather(-1, y[:, None])[:, 0], entropy
+
+        pieces = [checkpoint(piece, h, y, use_reentrant=False) if torch.is_grad_enabled() else piece(h, y)
+                  for h, y in zip(hidden[own].split(chunk), targets[own].split(chunk))]
+        logp, entropy = (torch.cat(p) for p in zip(*pieces))
+        zeros = torch.zeros(own.shape, device=self.device)
+        return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy)
+
+    # ---- the frozen model as an encoder ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, items: "list[str | Tokens]", chunk: int = 256) -> Tensor:
+        """Texts and encoded images -> unit vectors (N, D) in one space: the last hidden state after asking for a
+        summary in one word (E5-V, arXiv 2407.12580, sec. 3.1), so no CLIP is needed."""
+        rows = []
+        for start in range(0, len(items), chunk):
+            batch = []
+            for item in items[start:start + chunk]:
+                image = isinstance(item, Tokens)
+                parts = ("<|vision_start|>", item, "<|vision_end|>") if image else (item.replace("<|", "< |"),)
+                batch.append(self.tokens("<|im_start|>user\n", *parts, f"\nSummary above {'image' if image else 'sentence'} "
+                                         "in one word:<|im_end|>\n<|im_start|>assistant\n"))
+            last = torch.tensor([len(t.ids) - 1 for t in batch], device=self.device)
+            rows.append(self.hidden(batch)[torch.arange(len(batch), device=self.device), last].float())
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a standard model directory, which this class and transformers load."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (folder / "system_prompt.txt").write_text(self.system_prompt, encoding="utf-8")
+
+
+class Session:
+    """A batch of growing conversations in one KV cache.
+
+    Each step appends columns to the cache for all rows; a row that has nothing to say in a column is masked there.
+    Positions are explicit, so holes change nothing. The last sampled token of a turn is not yet in the cache: it
+    waits in `pending` and goes in with the next observation."""
+
+    @torch.no_grad()
+    def __init__(self, policy: Policy, prompts: list[Tokens], group: int = 1):
+        """Prefill each prompt once, then repeat its cache for its group: rows are [q0, q0, .., q1, q1, ..]."""
+        self.policy = policy
+        self.cache = DynamicCache()
+        self.mask = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
+        self.next, self.pending = [0] * len(prompts), [[] for _ in prompts]
+        self._feed(prompts)
+        rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(group)
+        if group > 1:
+            self.keep(rows.tolist())
+
+    def _feed(self, batch: list[Tokens]) -> None:
+        """Append tokens, padded on the left so that the last column is every row's newest; store its hidden state."""
+        embeddings, mask, positions, self.next = self.policy.inputs(batch, self.next, left=True)
+        self.mask = torch.cat([self.mask, mask], 1)
+        self.hidden = self.policy.language(inputs_embeds=embeddings, attention_mask=self.mask, position_ids=positions,
+                                           past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def append(self, observations: list[Tokens]) -> None:
+        """Add one observation to every row."""
+        self._feed([Tokens(p) + o for p, o in zip(self.pending, observations)])
+
+    @torch.no_grad()
+    def sample(self, max_tokens: int, temperature: float = 1.0,
+               generator: torch.Generator | None = None) -> tuple[list[list[int]], list[list[float]]]:
+        """One turn for every row: token ids and their log-probabilities. temperature 0 takes the most likely token.
+
+        A row stops after </tool_call>, </answer>, the end of turn, or max_tokens."""
+        policy, rows = self.policy, len(self.mask)
+        alive = torch.ones(rows, dtype=torch.bool, device=policy.device)
+        position = torch.tensor(self.next, device=policy.device)
+        ids, logps, lives = [], [], []
+        for step in range(max_tokens):
+            logp = policy.log_softmax(self.hidden, temperature or 1.0)                         # (B, V)
+            token = logp.argmax(-1) if temperature == 0 else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+            ids.append(token)
+            logps.append(logp.gather(-1, token[:, None])[:, 0])
+            lives.append(alive)
+            alive = alive & (token != policy.end_id)
+            if (maybe := alive & policy.closes[token]).any():  # only a token with ">" can complete a closing tag
+                for row in maybe.nonzero()[:, 0].tolist():
+                    tail = policy.decode(torch.stack([t[row] for t in ids[-12:]]).tolist())
+                    if "</tool_call>" in tail or "</answer>" in tail:
+                        alive[row] = False
+            if step + 1 == max_tokens or not alive.any():
+                break
+            self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
+            self.hidden = policy.language(
+                inputs_embeds=policy.language.embed_tokens(token)[:, None], attention_mask=self.mask,
+                position_ids=(position + step).expand(3, rows)[..., None], past_key_values=self.cache,
+                use_cache=True).last_hidden_state[:, -1]
+        lengths = torch.stack(lives).sum(0).tolist()
+        ids, logps = torch.stack(ids, 1).tolist(), torch.stack(logps, 1).tolist()
+        ids, logps = [r[:n] for r, n in zip(ids, lengths)], [r[:n] for r, n in zip(logps, lengths)]
+        self.next = [p + n - 1 for p, n in zip(self.next, lengths)]  # all but the last token are in the cache
+        self.pending = [r[-1:] for r in ids]
+        return ids, logps
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep (and reorder, or repeat) these rows; the others leave the batch and its cost."""
+        index = torch.tensor(rows, device=self.policy.device)
+        self.cache.batch_select_indices(index)
+        self.mask, self.hidden = self.mask[index], self.hidden[index]
+        self.next, self.pending = [self.next[r] for r in rows], [self.pending[r] for r in rows]
