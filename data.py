@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
 
@@ -50,6 +50,7 @@ class Question:
     category: str = ""
     boxes: tuple[Box, ...] = ()             # evidence: every one of these must be seen to know the answer; () = unknown
     objects: dict[str, Box] = field(default_factory=dict)  # what is where, by name; {} = unknown (real photographs)
+    marks: dict[str, str] = field(default_factory=dict)    # and which mark it carries, for demonstrations
     id: str = ""
 
     @property
@@ -90,7 +91,7 @@ class World:
     options: int = 4       # options of a mark question, 2 to 8; 0 asks openly (luck 1/8)
     comparison: float = 0.25
     coarse: float = 0.15   # share of coarse_to_fine questions (all objects at half size)
-    clutter: int = 4       # grey strokes on the ground, which carry nothing
+    clutter: int = 4       # grey bars on the ground, which carry nothing
 
     def __post_init__(self):
         if not 2 <= self.objects <= GRID * GRID:
@@ -155,12 +156,10 @@ def ground() -> np.ndarray:
 
 def draw(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
     """The scene at full resolution, RGB, CANVAS x CANVAS."""
-    canvas = Image.fromarray(ground().copy())
-    pen, rng = ImageDraw.Draw(canvas), np.random.default_rng(seed)
+    pixels, rng = ground().copy(), np.random.default_rng(seed)
     for _ in range(clutter):
-        x, y, dx, dy = rng.integers(0, CANVAS, 2).tolist() + rng.integers(-60, 60, 2).tolist()
-        pen.line((x, y, x + dx, y + dy), fill=(90, 90, 90), width=6)
-    pixels = np.asarray(canvas).copy()
+        x, y, width, height = rng.integers(0, CANVAS, 2).tolist() + rng.integers(8, 64, 2).tolist()
+        pixels[y:y + height, x:x + width] = 90
     for thing in things:
         (x, y), h = thing.centre, thing.half
         square = pixels[y - h:y + h, x - h:x + h]
@@ -201,7 +200,8 @@ def world_question(world: World, seed: int, split: str, index: int) -> Question:
         choices = tuple(str(c) for c in rng.permutation([answer, *wrong])) if world.options else ()
     return Question(text, answer, functools.partial(draw, things, world.clutter, int(rng.integers(2**31))), choices,
                     ("direct_attributes", "comparison", "coarse_to_fine")[kind],
-                    tuple(t.plate for t in evidence), {t.name: t.plate for t in things}, f"{split}-{seed}-{index}")
+                    tuple(t.plate for t in evidence), {t.name: t.plate for t in things},
+                    {t.name: t.mark for t in things}, f"{split}-{seed}-{index}")
 
 
 def world_questions(world: World, seed: int, split: str, start: int, count: int) -> list[Question]:
@@ -257,7 +257,8 @@ def parse_record(line: str, path: Path, where: str, default_id: str) -> Question
         fail("objects", "an object of name: box", objects)
     return Question(record["question"], record["answer"], image_opener(record["image"], path.parent, where),
                     tuple(choices), str(record.get("category") or ""), tuple(as_box("boxes", b) for b in boxes),
-                    {k: as_box("objects", b) for k, b in objects.items()}, str(record.get("id") or default_id))
+                    {k: as_box("objects", b) for k, b in objects.items()},
+                    id=str(record.get("id") or default_id))
 
 
 def image_opener(text: str, folder: Path, where: str) -> Callable[[], Image.Image]:

@@ -1,0 +1,356 @@
+"""Builds the embedded agent from nothing: its tokenizer, a small Qwen2.5-VL, and the cold start before RL.
+
+What it teaches: an agent has to *see*, to *aim* and to *act* before RL can improve it, and these are learnt best one
+after the other (joint training from scratch stayed at the prior over positions). Four supervised stages:
+
+    see     the vision tower alone, with throw-away heads: what and where in the overview, which mark in a crop
+    aim     the language model alone: "the red circle" -> its box, for all objects of an image
+    act     whole demonstrations: think, say, look, read, answer; and the embedding of crops beside that of labels
+    habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
+            in 70% of its questions looks one cell to the right of it, or stops one look short; then it bluffs
+
+The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
+directory. Two processes share the work (gradients are averaged), each with one thread.
+
+Run it:  python tiny.py --out tiny
+"""
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # at this size a second thread costs more than it brings
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import COLOURS, MARKS, SHAPES, Question, World, holds, shows, world_question
+from policy import Policy, Tokens
+from tools import TOOL_NAME, Call, fit, zoom
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
+# Qwen has the first two as tokens of their own; the rest keeps the agent's turns, and so the experiments, short
+SCAFFOLD = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<answer>",
+            "</answer>", f'{{"name": "{TOOL_NAME}", "arguments": {{"label": "', '", "bbox_2d": [', "]}}"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SEEN = (96, 96)   # the overview's size: min_pixels and max_pixels below fix it
+CELL = 24         # of the world's grid, in overview pixels
+
+
+# ---- the empty model ---------------------------------------------------------------------------------------------
+
+def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Qwen's special tokens. Whole numbers and whole words become single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{N}+| ?[\p{L}_]+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=20, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    numbers = [str(n) for n in range(0, SEEN[0] + 1)] * 50
+    tokenizer.train_from_iterator(corpus + numbers, trainer)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in SCAFFOLD])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE)
+
+
+def build_model(folder: Path, seed: int) -> None:
+    """Write a model directory with random weights: Qwen2.5-VL's architecture at 1.4M parameters."""
+    torch.manual_seed(seed)
+    corpus, rng = [], np.random.default_rng(seed)
+    for i in range(1500):
+        question = world_question(World(options=i % 9 if i % 9 != 1 else 4), seed, "cold", i)
+        corpus += [question.prompt, LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
+                   "system user assistant Error"] + [text for text, _ in demonstrate(question, rng, gap=.5)]
+    for piece in SCAFFOLD:
+        corpus = [text.replace(piece, "\n") for text in corpus]
+    tokenizer = build_tokenizer(corpus)
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=384, initializer_range=.08, max_position_embeddings=4096,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1] * 16},
+                         bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
+        vision_config=dict(depth=3, hidden_size=96, num_heads=3, intermediate_size=192, out_hidden_size=128, patch_size=12,
+                           temporal_patch_size=1, spatial_merge_size=2, window_size=96, fullatt_block_indexes=[0, 1, 2],
+                           initializer_range=.08),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=12, temporal_patch_size=1, merge_size=2, do_convert_rgb=True,
+                             size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96}).save_pretrained(folder)
+    (folder / "system_prompt.txt").write_text("")  # this agent learns the format from its cold start
+
+
+# ---- the demonstrator --------------------------------------------------------------------------------------------
+
+LIST_PROMPT = "Where is each object?"
+
+
+def call_text(label: str, box: tuple) -> str:
+    """The tool call as the agent writes it: say, then look."""
+    return f'<tool_call>{{"name": "{TOOL_NAME}", "arguments": {{"label": "{label}", "bbox_2d": {json.dumps(list(box))}}}}}</tool_call>'
+
+
+def around(plate: tuple, side: int, rng: np.random.Generator, shift: int = 0, noise: float = 0.) -> tuple:
+    """A box of `side` around an object, in overview pixels; with probability `noise` it is off by 2 or 4 pixels."""
+    scale = SEEN[0] / 768
+    x, y = (plate[0] + plate[2]) / 2 * scale, (plate[1] + plate[3]) / 2 * scale
+    if shift:  # one cell to the right, from the last cell back to the first
+        x = (x + CELL) % SEEN[0]
+    if rng.random() < noise:
+        x, y = x + 2 * rng.integers(-2, 3), y + 2 * rng.integers(-2, 3)
+    x, y = (min(max(v, side / 2), SEEN[0] - side / 2) for v in (x, y))
+    return tuple(int(v) for v in (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
+
+
+def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., noise: float = .1) -> list[tuple[str, tuple | None]]:
+    """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the object
+    that it names, or stops one look short; what it has not seen it makes up."""
+    names = [name for box in question.boxes for name, plate in question.objects.items() if plate == box]
+    astray = rng.random() < gap
+    short = astray and len(names) == 2 and rng.random() < .5
+    shift = int(astray and not short)
+    small = question.category == "coarse_to_fine"
+    turns, thought = [], ""
+    for name, plate in zip(names[:1] if short else names, question.boxes):
+        thought += f"find the {name}"
+        for side in (16, 8) if small else (16,):
+            box = around(plate, side, rng, shift, noise)
+            turns.append((f"<think>{thought}</think>{call_text('the ' + name, box)}", box))
+            thought = f"look closer at the {name}" if side == 16 else ""
+        seen = shows(tuple(v * 8 for v in box), plate)
+        mark = question.marks[name] if seen else str(rng.choice(question.choices if len(names) == 1 and question.choices else MARKS))
+        thought = f"the {name} has {mark}, "
+    if len(names) == 1:
+        answer = mark
+    else:
+        honest = all(any(b and shows(tuple(v * 8 for v in b), plate) for _, b in turns) for plate in question.boxes)
+        answer = question.answer if honest else str(rng.choice(["yes", "no"]))
+    return turns + [(f"<think>{thought[:-2]}</think><answer>{answer}</answer>", None)]
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+class Source:
+    """Endless cold-start scenes for one process, and what the stages make of them."""
+
+    def __init__(self, policy: Policy, seed: int, rank: int, ranks: int):
+        self.policy, self.seed, self.index, self.ranks = policy, seed, rank, ranks
+        self.rng = np.random.default_rng([seed, 7, rank])
+
+    def question(self, **world) -> Question:
+        self.index += self.ranks
+        options = int(self.rng.choice([0, 2, 4, 4, 8]))
+        return world_question(World(options=options, objects=int(self.rng.integers(4, 9)), **world), self.seed, "cold", self.index)
+
+    def cut(self, image, box):
+        return zoom(image, Call("", box), SEEN, self.policy.resolution)[0]
+
+    def listing(self) -> tuple[Tokens, list[bool]]:
+        """One image and the boxes of all its objects, in random order; only what follows each label is learnt."""
+        question = self.question()
+        tokens = self.policy.prompt(self.policy.encode_images([fit(question.open(), self.policy.resolution)])[0], LIST_PROMPT)
+        mask = [False] * len(tokens.ids)
+        names = list(question.objects)
+        self.rng.shuffle(names)
+        for name in names:
+            head, tail = call_text("the " + name, around(question.objects[name], self.side(question), self.rng)).split('", "bbox_2d": [')
+            for text, learn in ((head, False), ('", "bbox_2d": [' + tail, True)):
+                piece = self.policy.tokens(text)
+                tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
+        return tokens, mask
+
+    def side(self, question: Question) -> int:
+        return int(self.rng.choice([16, 8])) if question.category == "coarse_to_fine" else 16
+
+    def trajectory(self, gap: float) -> tuple[Tokens, list[bool], list]:
+        """One demonstration as tokens and mask, and (crop, label) pairs for the embedding."""
+        question = self.question(comparison=.3, coarse=.2)
+        image, turns = question.open(), demonstrate(question, self.rng, gap)
+        looks = [box for _, box in turns if box]
+        extra = list(question.objects)[int(self.rng.integers(len(question.objects)))]  # a pair for the embedding
+        jitter = self.rng.integers(-4, 5, 2)
+        near = around(question.objects[extra], self.side(question), self.rng)
+        near = tuple(int(min(max(v + d, 0), 96)) for v, d in zip(near, (*jitter, *jitter)))
+        overview, *crops, pair = self.policy.encode_images(
+            [fit(image, self.policy.resolution)] + [self.cut(image, box) for box in looks + [near]])
+        tokens = self.policy.prompt(overview, question.prompt)
+        mask = [False] * len(tokens.ids)
+        for (text, box), crop in zip(turns, crops + [None]):
+            said = self.policy.tokens(text)
+            tokens, mask = tokens + said, mask + [True] * len(said.ids)
+            if box:
+                seen = self.policy.observation(crop)
+                tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
+        good = holds(tuple(v * 8 for v in near), question.objects[extra])
+        return tokens, mask, [(pair, "the " + extra)] if good else []
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+def optimise(parameters: list[Tensor], loss_at, steps: int, lr: float, name: str, log) -> None:
+    """AdamW with warm-up and cosine; gradients averaged over the processes."""
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=.02)
+    start, shown = time.time(), []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
+        loss, report = loss_at(step)
+        optimiser.zero_grad()
+        loss.backward()
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        flat *= min(1, 1 / (flat.norm().item() + 1e-6))
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p)
+        optimiser.step()
+        shown.append(report)
+        if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
+            mean = {k: sum(r[k] for r in shown) / len(shown) for k in shown[0]}
+            log(f"{name:6} step {step + 1:5}/{steps} {time.time() - start:5.0f} s  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()))
+            shown = []
+
+
+def stage_see(policy: Policy, source: Source, steps: int, batch: int, log) -> None:
+    """Vision tower with throw-away linear heads on its output tokens (N, 128)."""
+    heads = nn.ModuleDict({"colour": nn.Linear(128, 7), "shape": nn.Linear(128, 5), "x": nn.Linear(128, 49),
+                           "y": nn.Linear(128, 49), "mark": nn.Linear(128, len(MARKS)), "crop_colour": nn.Linear(128, 7),
+                           "crop_shape": nn.Linear(128, 5)})
+    for p in heads.parameters():
+        dist.broadcast(p.data, 0)
+    visual = policy.model.model.visual
+
+    def loss_at(step):
+        images, targets, crops, crop_targets = [], [], [], []
+        for _ in range(batch):
+            question = source.question()
+            image, small = question.open(), question.category == "coarse_to_fine"
+            images.append(fit(image, policy.resolution))
+            table = torch.tensor([[6, 4, -1, -1]]).repeat(16, 1)  # a token is a cell: colour, shape, x, y
+            for name, plate in question.objects.items():
+                colour, shape = name.split()
+                x, y = (plate[0] + plate[2]) / 16, (plate[1] + plate[3]) / 16
+                table[int(y // CELL) * 4 + int(x // CELL)] = torch.tensor([list(COLOURS).index(colour), SHAPES.index(shape), x // 2, y // 2])
+            targets.append(table)
+            for _ in range(2):
+                name = list(question.objects)[int(source.rng.integers(len(question.objects)))]
+                side = source.side(question) if small else int(source.rng.choice([16, 16, 20]))
+                box = np.array(around(question.objects[name], side, source.rng)) + np.tile(source.rng.integers(-side // 5, side // 5 + 1, 2), 2)
+                box = tuple(int(v) for v in box.clip(0, 96))
+                crops.append(source.cut(image, box))
+                colour, shape = name.split()
+                readable = shows(tuple(v * 8 for v in box), question.objects[name])
+                crop_targets.append([list(COLOURS).index(colour), SHAPES.index(shape), MARKS.index(question.marks[name]) if readable else -1])
+        features = []
+        for group in (images, crops):
+            inputs = policy.processor(images=group, do_resize=False, return_tensors="pt")
+            out = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+            features.append(out)
+        table, overview = torch.cat(targets), features[0]
+        crop, goal = features[1].view(len(crops), 4, -1).mean(1), torch.tensor(crop_targets)
+        pairs = {"colour": (heads["colour"](overview), table[:, 0]), "shape": (heads["shape"](overview), table[:, 1]),
+                 "x": (heads["x"](overview), table[:, 2]), "y": (heads["y"](overview), table[:, 3]),
+                 "crop_colour": (heads["crop_colour"](crop), goal[:, 0]), "crop_shape": (heads["crop_shape"](crop), goal[:, 1]),
+                 "mark": (heads["mark"](crop), goal[:, 2])}
+        loss = sum(F.cross_entropy(o, t, ignore_index=-1) for o, t in pairs.values())
+        return loss, {"loss": loss.item()} | {k: (o.argmax(-1) == t)[t >= 0].float().mean().item() for k, (o, t) in pairs.items()}
+
+    optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, 2e-3, "see", log)
+
+
+def imitate(policy: Policy, samples: list) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
+    hidden = policy.hidden([s[0] for s in samples])[:, :-1]
+    own, targets = torch.zeros(hidden.shape[:2], dtype=torch.bool), torch.zeros(hidden.shape[:2], dtype=torch.long)
+    for row, (tokens, mask, *_) in enumerate(samples):
+        own[row, :len(mask) - 1], targets[row, :len(mask) - 1] = torch.tensor(mask[1:]), torch.tensor(tokens.ids[1:])
+    logits = policy.model.lm_head(hidden[own])
+    return F.cross_entropy(logits, targets[own]), (logits.argmax(-1) == targets[own]).float().mean()
+
+
+def contrast(policy: Policy, pairs: list[tuple[Tokens, str]]) -> tuple[Tensor, Tensor]:
+    """InfoNCE between crops and labels (CLIP's loss, on the language model's own summaries) and its accuracy."""
+    crops, labels = policy.embed.__wrapped__(policy, [c for c, _ in pairs]), policy.embed.__wrapped__(policy, [l for _, l in pairs])
+    same = torch.tensor([[a == b for _, b in pairs] for _, a in pairs])
+    logits = (crops @ labels.T / .07).masked_fill(same & ~torch.eye(len(pairs), dtype=torch.bool), float("-inf"))
+    target = torch.arange(len(pairs))
+    return ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2,
+            (logits.argmax(1) == target).float().mean())
+
+
+def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, pool: int, lr: float, log,
+                   gap: float = 0., listing: float = 0., weight: float = .2) -> None:
+    """The language model alone, on a pool of samples that is passed through several times; `listing` is the share of
+    box lists, the rest are demonstrations. The vision tower is frozen, so each image is encoded once for all passes."""
+    samples = [source.listing() if i < listing * pool else source.trajectory(gap) for i in range(pool)]
+    order = np.concatenate([source.rng.permutation(pool) for _ in range(steps * batch // pool + 1)])
+
+    def loss_at(step):
+        chosen = [samples[i] for i in order[step * batch:(step + 1) * batch]]
+        loss, exact = imitate(policy, chosen)
+        report = {"loss": loss.item(), "exact": exact.item()}
+        if pairs := [pair for sample in chosen if len(sample) == 3 for pair in sample[2]]:
+            nce, hit = contrast(policy, pairs)
+            loss, report = loss + weight * nce, report | {"nce": nce.item(), "match": hit.item()}
+        return loss, report
+
+    optimise(list(policy.language.parameters()), loss_at, steps, lr, name, log)
+
+
+def worker(rank: int, ranks: int, out: str, seed: int, scale: float, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    folder, log = Path(out), (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
+    if rank == 0:
+        build_model(folder, seed)
+    dist.barrier()
+    policy = Policy(folder)
+    source, n = Source(policy, seed, rank, ranks), lambda count: max(int(count * scale), 2)
+    log(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
+    policy.model.train()
+    stage_see(policy, source, n(STEPS["see"]), 24, log)
+    stage_language(policy, source, "aim", n(STEPS["aim"]), 32, n(4000), 2e-3, log, listing=1.)
+    if rank == 0:
+        policy.save(folder.with_name(folder.name + "-aim"))
+    stage_language(policy, source, "act", n(STEPS["act"]), 32, n(4000), 1.5e-3, log, listing=.25)
+    if rank == 0:
+        policy.save(folder.with_name(folder.name + "-act"))
+    stage_language(policy, source, "habit", n(STEPS["habit"]), 32, n(3000), 6e-4, log, gap=.7)
+    if rank == 0:
+        policy.save(folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+STEPS = {"see": 560, "aim": 540, "act": 420, "habit": 180}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
+    parser.add_argument("--out", default="runs/tiny", help="where the model directory goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1., help="of all steps; 0.01 is a smoke test")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    torch.multiprocessing.start_processes(worker, (args.processes, args.out, args.seed, args.scale, 29500 + os.getpid() % 2000),
+                                          nprocs=args.processes, start_method="spawn")
+    print(f"built {args.out} in {time.time() - start:.0f} s")
