@@ -1,0 +1,67 @@
+"""The embedded agent: small, standard, and built by the script beside it."""
+import numpy as np
+import pytest
+import subprocess
+import sys
+
+from conftest import ROOT
+from data import World, world_questions
+from eval import evaluate
+from policy import Policy
+from reward import grounded, measure, outcome
+from tiny import demonstrate
+from tools import Answer, Call, parse
+
+
+def test_size_and_files():
+    """Under 10 MB, 1 to 4 million parameters, safetensors."""
+    assert sum(f.stat().st_size for f in (ROOT / "tiny").iterdir()) < 10 * 2**20
+    assert not list((ROOT / "tiny").glob("*.bin"))
+
+
+def test_parameters(policy):
+    assert 1e6 < sum(p.numel() for p in policy.model.parameters()) < 4e6
+    assert policy.model.config.model_type == "qwen2_5_vl"
+
+
+def test_tokenizer_round_trip(policy):
+    """Any bytes survive; numbers and the words of the world are single tokens."""
+    for text in ("naïve Ünïcode 漢字 🙂\n\t", "[12, 24, 36, 96]", "the red circle"):
+        assert policy.decode(policy.tokens(text).ids) == text
+    assert all(len(policy.tokens(str(n)).ids) == 1 for n in range(97))
+    assert all(len(policy.tokens(f" {w}").ids) == 1 for w in ("red", "cyan", "circle", "triangle", "rising", "checks"))
+
+
+@pytest.mark.parametrize("gap", [0., 1.])
+def test_demonstrations_are_valid(gap):
+    """Every turn parses; an honest demonstration is grounded and right; one with the gap still names the right object."""
+    rng = np.random.default_rng(0)
+    for q in world_questions(World(), 0, "cold", 0, 60):
+        turns = demonstrate(q, rng, gap, noise=0.)
+        actions = [parse(text, (96, 96)) for text, _ in turns]
+        assert all(isinstance(a, Call) for a in actions[:-1]) and isinstance(actions[-1], Answer)
+        names = {name for name, box in q.objects.items() if box in q.boxes}
+        assert {a.label.removeprefix("the ") for a in actions[:-1]} <= names
+        if not gap:
+            assert outcome(q, actions[-1].text) == 1 and len(actions) == (2 if q.category == "direct_attributes" else 3)
+
+
+def test_the_start_has_a_gap(policy):
+    """What MAPO is for: valid calls, few hits, and yet right where the crops show the evidence."""
+    trajectories = evaluate(policy, world_questions(World(), 0, "test", 0, 200), temperature=1.)
+    m = measure(trajectories)
+    assert m["valid"] > .95 and m["calls"] > .9
+    assert .15 < m["hit"] < .40 and m["gap"] > .5
+    seen = [t for t in trajectories if grounded(t)]
+    assert np.mean([outcome(t.question, t.answer) for t in seen]) > .85
+    assert measure(evaluate(policy, world_questions(World(), 0, "test", 0, 200)))["hit"] < .5
+
+
+def test_build_a_few_steps(tmp_path):
+    """`python tiny.py` runs all four stages from nothing and leaves a directory that loads."""
+    done = subprocess.run([sys.executable, "tiny.py", "--out", str(tmp_path / "t"), "--scale", "0.003"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    for stage in ("see", "aim", "act", "habit"):
+        assert stage in done.stdout
+    assert len(evaluate(Policy(tmp_path / "t"), world_questions(World(), 0, "test", 0, 2), max_tokens=8)) == 2

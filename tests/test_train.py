@@ -1,0 +1,207 @@
+"""The loop: micro-batches add up, the environment's tokens get no gradient, a stopped run continues bit for bit."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mapo
+from conftest import ROOT
+from data import World, write_jsonl, world_questions
+from policy import Policy
+from reward import Scorer, score
+from train import Config, Questions, accumulate, collapse, micro_batches, noise_scale, parse_config, spread, train
+
+
+def small(tmp_path, **changes):
+    return Config(**(dict(model=str(ROOT / "tiny"), out=str(tmp_path / "run"), algo="mapo", beta=.4, steps=4, questions=2, group=4,
+                          eval_questions=0, save_every=2) | changes))
+
+
+@pytest.fixture(scope="module")
+def trainable():
+    policy = Policy(ROOT / "tiny")
+    policy.model.requires_grad_(False)
+    return policy, [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+
+
+@pytest.fixture(scope="module")
+def advantage(policy, trajectories):
+    r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
+    return mapo.advantages(r, s, looked, 4, .4)
+
+
+def gradient(trainable, trajectories, advantage, order=None, **changes):
+    policy, parameters = trainable
+    order = order or list(range(len(trajectories)))
+    stats = accumulate(policy, parameters, [trajectories[i] for i in order], advantage[order], Config(**changes), mapo.ALGORITHMS["mapo"])
+    return torch.cat([p.grad.flatten() for p in parameters]), stats
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 1200, 2400])
+def test_micro_batches_give_the_same_gradient(trainable, trajectories, advantage, micro_tokens):
+    """One micro-batch, two, four, or one a trajectory: the same sum, because token counts are summed first."""
+    whole, stats = gradient(trainable, trajectories, advantage, micro_tokens=10**9)
+    pieces, more = gradient(trainable, trajectories, advantage, micro_tokens=micro_tokens)
+    assert (whole - pieces).norm() < 1e-4 * whole.norm() and whole.norm() > 0
+    assert more["loss"] == pytest.approx(stats["loss"], abs=1e-5) and more["entropy"] == pytest.approx(stats["entropy"], rel=1e-4)
+
+
+def test_batch_order_changes_nothing(trainable, trajectories, advantage):
+    whole, _ = gradient(trainable, trajectories, advantage)
+    back, _ = gradient(trainable, trajectories, advantage, order=list(range(len(trajectories)))[::-1])
+    assert (whole - back).norm() < 1e-4 * whole.norm()
+
+
+def test_observations_get_no_gradient(trainable, trajectories, advantage):
+    """Where the mask is false nothing is learnt: a different old log-probability there changes nothing, and the
+    loss's weights are zero at every token of the environment."""
+    whole, _ = gradient(trainable, trajectories, advantage)
+    saved = [t.logps for t in trajectories]
+    for t in trajectories:
+        t.logps = [p if m else -7. for p, m in zip(t.logps, t.mask)]
+    changed, _ = gradient(trainable, trajectories, advantage)
+    for t, logps in zip(trajectories, saved):
+        t.logps = logps
+    assert torch.equal(whole, changed)
+    weight = mapo.token_weights(torch.tensor([trajectories[0].mask]))
+    assert weight.sum().item() == pytest.approx(1) and (weight[0, ~torch.tensor(trajectories[0].mask)] == 0).all()
+
+
+def test_gradient_is_reinforce_at_ratio_one(trainable, trajectories, advantage):
+    """Before a step the clipped surrogate's gradient is that of - sum_i A_i mean_t log pi, computed here the plain way."""
+    policy, parameters = trainable
+    whole, stats = gradient(trainable, trajectories, advantage)
+    total = 0
+    for i, t in enumerate(trajectories):
+        logits = policy.model.lm_head(policy.hidden([t.tokens]))[0, :-1].float()
+        logits[:, policy.banned] = float("-inf")
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(t.tokens.ids[1:])[:, None])[:, 0]
+        total = total - advantage[i] * logp[torch.tensor(t.mask[1:])].mean() / len(trajectories)
+    plain = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
+    assert (whole - plain).norm() < 1e-3 * plain.norm()
+    assert stats["kl"] < 1e-6 and stats["clip_fraction"] == 0 and stats["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-3)
+
+
+def test_trajectories_without_signal_cost_nothing_and_add_nothing(trainable, trajectories):
+    zero, stats = gradient(trainable, trajectories, torch.zeros(len(trajectories)))
+    assert not zero.any() and stats["grad_norm"] == 0 and stats["grad_noise"] is None
+
+
+def test_credit_per_turn_lands_on_the_turns_tokens(trajectories):
+    values = torch.arange(1., 5).repeat(len(trajectories), 1)
+    tokens = spread(values, trajectories)
+    for i, t in enumerate(trajectories):
+        for k, turn in enumerate(t.turns):
+            assert (tokens[i, turn.tokens.start - 1:turn.tokens.stop - 1] == k + 1).all()
+        assert (tokens[i, :len(t.mask) - 1][~torch.tensor(t.mask[1:])] == 0).all()
+
+
+def test_micro_batches_are_bounded_and_complete(trajectories):
+    batches = micro_batches(trajectories, list(range(len(trajectories))), 700)
+    assert sorted(i for b in batches for i in b) == list(range(len(trajectories)))
+    assert all(len(b) == 1 or len(b) * max(len(trajectories[i].mask) for i in b) <= 700 for b in batches)
+
+
+def test_noise_scale_by_hand():
+    """Two orthogonal mean gradients of norm 1 with half the batch each: |G|^2 = 0, so no estimate. With one shared
+    part 1 and noise 1: |g_b|^2 = 2, |g|^2 = 1.5 -> |G|^2 = 1, tr(Sigma) = 0.5 per whole batch."""
+    assert noise_scale([1., 1.], [.5, .5], .5) is None
+    assert noise_scale([2., 2.], [.5, .5], 1.5) == pytest.approx(.5)
+    assert noise_scale([1.], [1.], 1.) is None
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def test_resume_continues_bit_for_bit(tmp_path):
+    """Four steps, or two, a stop and two more: equal weights, equal metrics (but for the clock)."""
+    train(small(tmp_path, out=str(tmp_path / "whole")))
+    train(small(tmp_path, out=str(tmp_path / "parts"), steps=2))
+    train(small(tmp_path, out=str(tmp_path / "parts"), resume=True))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert any(not torch.equal(whole[k], v) for k, v in weights(ROOT / "tiny").items())
+    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
+    clock = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
+    assert [{k: v for k, v in a.items() if k not in clock} for a in lines[0]] == [{k: v for k, v in b.items() if k not in clock} for b in lines[1]]
+    assert [a["step"] for a in lines[0]] == [1, 2, 3, 4]
+    assert {"accuracy", "calls", "valid", "hit", "gap", "semantic", "signal_groups", "entropy", "kl", "clip_fraction", "grad_norm",
+            "grad_noise", "lr", "tokens_per_s", "seconds", "peak_mb"} <= set(lines[0][0])
+
+
+def test_resume_survives_a_torn_checkpoint(tmp_path):
+    """A checkpoint that was being written when the run died is not taken for one; lines after the last are dropped."""
+    train(small(tmp_path, steps=3, save_every=2))
+    run = tmp_path / "run"
+    (run / "step-000003").rename(run / "saving")       # died while saving step 3
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(small(tmp_path, steps=4, resume=True))
+
+
+def test_vision_tower_stays_frozen(tmp_path):
+    train(small(tmp_path, steps=2))
+    before, after = weights(ROOT / "tiny"), weights(tmp_path / "run")
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if "visual" in k)
+
+
+def test_two_updates_move_the_ratio(tmp_path):
+    """With a second update on the same batch the policy is no longer the one that sampled: kl is above zero."""
+    assert train(small(tmp_path, steps=2, updates=2, lr=1e-3))["kl"] > 1e-6
+    assert train(small(tmp_path, steps=2, updates=1))["kl"] < 1e-6
+
+
+def test_training_on_your_own_questions(tmp_path):
+    """A .jsonl trains too; its order is shuffled by the seed and passes are complete."""
+    file = write_jsonl(world_questions(World(), 1, "train", 0, 6), tmp_path)
+    stream = Questions(small(tmp_path, data=str(file), questions=3))
+    assert sorted(q.id for s in (0, 1) for q in stream[s]) == sorted(q.id for s in (2, 3) for q in stream[s])
+    assert len({q.id for s in (0, 1) for q in stream[s]}) == 6
+    assert train(small(tmp_path, data=str(file), steps=1))["step"] == 1
+
+
+@pytest.mark.parametrize("metrics, word", [(dict(calls=0.), "stopped looking"), (dict(grad_norm=float("nan")), "not finite"),
+                                           (dict(entropy=.001), "deterministic"), (dict(valid=.2), "malformed"), ({}, "")])
+def test_collapse_is_named(metrics, word):
+    said = collapse(dict(calls=1., grad_norm=1., entropy=.5, valid=1., signal_groups=1.) | metrics)
+    assert word in said and bool(said) == bool(word)
+
+
+@pytest.mark.parametrize("arguments", [["--algo", "reinforce"], ["--group", "1"], ["--steps", "0"], ["--nonsense"]])
+def test_bad_arguments_stop_before_anything_runs(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(arguments)
+    assert "error" in capsys.readouterr().err
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_real_commands(tmp_path):
+    """train.py and eval.py as a user runs them: they end well, and leave what they promise."""
+    out = tmp_path / "run"
+    done = run("train.py", "--steps", 2, "--questions", 2, "--group", 4, "--eval_questions", 8, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "before training, greedy" in done.stdout and "after training, sampled" in done.stdout and "accuracy" in done.stderr
+    for name in ("model.safetensors", "metrics.jsonl", "trajectories.jsonl", "films.png", "results.json", "train.json", "step-000002/state.pt"):
+        assert (out / name).is_file(), name
+    record = json.loads(open(out / "trajectories.jsonl").readline())
+    assert record["turns"] and {"text", "box", "label", "score"} <= set(record["turns"][0])
+    done = run("eval.py", "--model", out, "--n", 8, "--out", tmp_path / "eval")
+    assert done.returncode == 0, done.stderr
+    assert "95% interval" in done.stdout and (tmp_path / "eval/films.png").is_file()
+    assert len(open(tmp_path / "eval/predictions.jsonl").readlines()) == 8
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["train.py", "--model", "docs"], "docs: no config.json"),
+    (["train.py", "--resume", "--out", "runs/never"], "no checkpoint in runs/never"),
+    (["eval.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file")])
+def test_errors_are_one_clear_line(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
