@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import COLOURS, MARKS, SHAPES, Question, World, holds, shows, world_question
+from data import COLOURS, MARKS, SHAPES, Question, World, draw_overview, holds, shows, world_question
 from policy import Policy, Tokens
-from tools import TOOL_NAME, Call, fit, zoom
+from tools import TOOL_NAME, fit
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -75,7 +75,7 @@ def build_model(folder: Path, seed: int) -> None:
     for i in range(1500):
         question = world_question(World(options=i % 9 if i % 9 != 1 else 4), seed, "cold", i)
         corpus += [question.prompt, LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
-                   "system user assistant Error"] + [text for text, _ in demonstrate(question, rng, gap=.5)]
+                   "system user assistant Error no"] + [text for text, _ in demonstrate(question, rng, gap=.5)]
     for piece in SCAFFOLD:
         corpus = [text.replace(piece, "\n") for text in corpus]
     tokenizer = build_tokenizer(corpus)
@@ -149,7 +149,8 @@ def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., n
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 class Source:
-    """Endless cold-start scenes for one process, and what the stages make of them."""
+    """Endless cold-start scenes for one process, and what the stages make of them. No scene is used twice: with a
+    pool that repeats, the language model learns its scenes by heart instead of learning to aim."""
 
     def __init__(self, policy: Policy, seed: int, rank: int, ranks: int):
         self.policy, self.seed, self.index, self.ranks = policy, seed, rank, ranks
@@ -160,47 +161,61 @@ class Source:
         options = int(self.rng.choice([0, 2, 4, 4, 8]))
         return world_question(World(options=options, objects=int(self.rng.integers(4, 9)), **world), self.seed, "cold", self.index)
 
-    def cut(self, image, box):
-        return zoom(image, Call("", box), SEEN, self.policy.resolution)[0]
+    def pick(self, items: list):
+        return items[int(self.rng.integers(len(items)))]
 
-    def listing(self) -> tuple[Tokens, list[bool]]:
-        """One image and the boxes of all its objects, in random order; only what follows each label is learnt."""
-        question = self.question()
-        tokens = self.policy.prompt(self.policy.encode_images([fit(question.open(), self.policy.resolution)])[0], LIST_PROMPT)
-        mask = [False] * len(tokens.ids)
-        names = list(question.objects)
-        self.rng.shuffle(names)
-        for name in names:
-            head, tail = call_text("the " + name, around(question.objects[name], self.side(question), self.rng)).split('", "bbox_2d": [')
-            for text, learn in ((head, False), ('", "bbox_2d": [' + tail, True)):
-                piece = self.policy.tokens(text)
-                tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
-        return tokens, mask
+    def overview(self, question: Question):
+        return draw_overview(*question.open.args)
 
-    def side(self, question: Question) -> int:
-        return int(self.rng.choice([16, 8])) if question.category == "coarse_to_fine" else 16
+    def crop(self, question: Question, box: tuple):
+        """What the zoom tool returns, without drawing the whole canvas."""
+        return fit(question.open(region=tuple(8 * int(v) for v in box)), self.policy.resolution.crop())
 
-    def trajectory(self, gap: float) -> tuple[Tokens, list[bool], list]:
-        """One demonstration as tokens and mask, and (crop, label) pairs for the embedding."""
-        question = self.question(comparison=.3, coarse=.2)
-        image, turns = question.open(), demonstrate(question, self.rng, gap)
-        looks = [box for _, box in turns if box]
-        extra = list(question.objects)[int(self.rng.integers(len(question.objects)))]  # a pair for the embedding
-        jitter = self.rng.integers(-4, 5, 2)
-        near = around(question.objects[extra], self.side(question), self.rng)
-        near = tuple(int(min(max(v + d, 0), 96)) for v, d in zip(near, (*jitter, *jitter)))
-        overview, *crops, pair = self.policy.encode_images(
-            [fit(image, self.policy.resolution)] + [self.cut(image, box) for box in looks + [near]])
-        tokens = self.policy.prompt(overview, question.prompt)
-        mask = [False] * len(tokens.ids)
-        for (text, box), crop in zip(turns, crops + [None]):
-            said = self.policy.tokens(text)
-            tokens, mask = tokens + said, mask + [True] * len(said.ids)
-            if box:
-                seen = self.policy.observation(crop)
-                tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
-        good = holds(tuple(v * 8 for v in near), question.objects[extra])
-        return tokens, mask, [(pair, "the " + extra)] if good else []
+    def nearby(self, question: Question, name: str) -> tuple:
+        """A box that more or less shows the object."""
+        side = int(self.rng.choice([16, 16, 20] if question.category != "coarse_to_fine" else [16, 8, 8, 12]))
+        box = around(question.objects[name], side, self.rng)
+        dx, dy = self.rng.integers(-side // 4, side // 4 + 1, 2)
+        return tuple(min(max(v + d, 0), 96) for v, d in zip(box, (dx, dy, dx, dy)))
+
+    def listings(self, count: int) -> list[tuple[Tokens, list[bool]]]:
+        """An image and the boxes of all its objects in random order; only what follows each name is learnt."""
+        questions = [self.question() for _ in range(count)]
+        samples = []
+        for question, overview in zip(questions, self.policy.encode_images([self.overview(q) for q in questions])):
+            tokens = self.policy.prompt(overview, LIST_PROMPT)
+            mask = [False] * len(tokens.ids)
+            for name in self.rng.permutation(list(question.objects)):
+                box = around(question.objects[name], 16, self.rng)
+                for text, learn in ((f" the {name}", False), (", ".join(map(str, box)), True)):
+                    piece = self.policy.tokens(text)
+                    tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
+            samples.append((tokens, mask))
+        return samples
+
+    def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str]]]:
+        """Demonstrations as (tokens, mask), and (crop, label) pairs for the embedding, one a scene."""
+        scenes, images = [], []
+        for _ in range(count):
+            question = self.question(comparison=.3, coarse=.2)
+            turns, name = demonstrate(question, self.rng, gap), self.pick(list(question.objects))
+            near = self.nearby(question, name)
+            scenes.append((question, turns, name, holds(tuple(8 * v for v in near), question.objects[name])))
+            images += [self.overview(question)] + [self.crop(question, box) for _, box in turns if box] + [self.crop(question, near)]
+        encoded, samples, pairs = iter(self.policy.encode_images(images)), [], []
+        for question, turns, name, good in scenes:
+            tokens = self.policy.prompt(next(encoded), question.prompt)
+            mask = [False] * len(tokens.ids)
+            for text, box in turns:
+                said = self.policy.tokens(text)
+                tokens, mask = tokens + said, mask + [True] * len(said.ids)
+                if box:
+                    seen = self.policy.observation(next(encoded))
+                    tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
+            samples.append((tokens, mask))
+            pair = next(encoded)
+            pairs += [(pair, f"the {name}")] if good else []
+        return samples, pairs
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -229,58 +244,54 @@ def optimise(parameters: list[Tensor], loss_at, steps: int, lr: float, name: str
             shown = []
 
 
-def stage_see(policy: Policy, source: Source, steps: int, batch: int, log) -> None:
-    """Vision tower with throw-away linear heads on its output tokens (N, 128)."""
-    heads = nn.ModuleDict({"colour": nn.Linear(128, 7), "shape": nn.Linear(128, 5), "x": nn.Linear(128, 49),
-                           "y": nn.Linear(128, 49), "mark": nn.Linear(128, len(MARKS)), "crop_colour": nn.Linear(128, 7),
-                           "crop_shape": nn.Linear(128, 5)})
+def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float, log) -> None:
+    """The vision tower. Colour, shape and mark are read off its output by the *word embeddings* of their names, so that
+    what the eye reports and what a question says meet in one space; places by throw-away heads."""
+    visual, embed = policy.model.model.visual, policy.language.embed_tokens.weight.detach()
+    words = lambda names: embed[[policy.tokens(" " + n).ids[-1] for n in names]]
+    table = {"colour": words([*COLOURS, "no"]), "shape": words([*SHAPES, "no"]), "mark": words(MARKS)}
+    heads = nn.ModuleDict({"x": nn.Linear(128, 48), "y": nn.Linear(128, 48)})  # in steps of 2 pixels
     for p in heads.parameters():
         dist.broadcast(p.data, 0)
-    visual = policy.model.model.visual
+
+    def features(images):
+        inputs = policy.processor(images=images, do_resize=False, return_tensors="pt")
+        return visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
     def loss_at(step):
-        images, targets, crops, crop_targets = [], [], [], []
+        overviews, cells, crops, goals = [], [], [], []
         for _ in range(batch):
             question = source.question()
-            image, small = question.open(), question.category == "coarse_to_fine"
-            images.append(fit(image, policy.resolution))
-            table = torch.tensor([[6, 4, -1, -1]]).repeat(16, 1)  # a token is a cell: colour, shape, x, y
+            overviews.append(source.overview(question))
+            cell = torch.tensor([[len(COLOURS), len(SHAPES), -1, -1]]).repeat(16, 1)  # a token is a cell: colour, shape, x, y
             for name, plate in question.objects.items():
                 colour, shape = name.split()
-                x, y = (plate[0] + plate[2]) / 16, (plate[1] + plate[3]) / 16
-                table[int(y // CELL) * 4 + int(x // CELL)] = torch.tensor([list(COLOURS).index(colour), SHAPES.index(shape), x // 2, y // 2])
-            targets.append(table)
+                x, y = (int(plate[i] + plate[i + 2]) // 16 for i in (0, 1))
+                cell[y // CELL * 4 + x // CELL] = torch.tensor([list(COLOURS).index(colour), SHAPES.index(shape), x // 2, y // 2])
+            cells.append(cell)
             for _ in range(2):
-                name = list(question.objects)[int(source.rng.integers(len(question.objects)))]
-                side = source.side(question) if small else int(source.rng.choice([16, 16, 20]))
-                box = np.array(around(question.objects[name], side, source.rng)) + np.tile(source.rng.integers(-side // 5, side // 5 + 1, 2), 2)
-                box = tuple(int(v) for v in box.clip(0, 96))
-                crops.append(source.cut(image, box))
-                colour, shape = name.split()
-                readable = shows(tuple(v * 8 for v in box), question.objects[name])
-                crop_targets.append([list(COLOURS).index(colour), SHAPES.index(shape), MARKS.index(question.marks[name]) if readable else -1])
-        features = []
-        for group in (images, crops):
-            inputs = policy.processor(images=group, do_resize=False, return_tensors="pt")
-            out = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-            features.append(out)
-        table, overview = torch.cat(targets), features[0]
-        crop, goal = features[1].view(len(crops), 4, -1).mean(1), torch.tensor(crop_targets)
-        pairs = {"colour": (heads["colour"](overview), table[:, 0]), "shape": (heads["shape"](overview), table[:, 1]),
-                 "x": (heads["x"](overview), table[:, 2]), "y": (heads["y"](overview), table[:, 3]),
-                 "crop_colour": (heads["crop_colour"](crop), goal[:, 0]), "crop_shape": (heads["crop_shape"](crop), goal[:, 1]),
-                 "mark": (heads["mark"](crop), goal[:, 2])}
+                name = source.pick(list(question.objects))
+                box, (colour, shape) = source.nearby(question, name), name.split()
+                readable = shows(tuple(8 * v for v in box), question.objects[name])
+                crops.append(source.crop(question, box))
+                goals.append([list(COLOURS).index(colour), SHAPES.index(shape), MARKS.index(question.marks[name]) if readable else -1])
+        place, goal = torch.cat(cells), torch.tensor(goals)
+        overview, crop = features(overviews), features(crops).view(len(crops), 4, -1).mean(1)
+        pairs = {"colour": (overview @ table["colour"].T, place[:, 0]), "shape": (overview @ table["shape"].T, place[:, 1]),
+                 "x": (heads["x"](overview), place[:, 2]), "y": (heads["y"](overview), place[:, 3]),
+                 "crop_colour": (crop @ table["colour"].T, goal[:, 0]), "crop_shape": (crop @ table["shape"].T, goal[:, 1]),
+                 "mark": (crop @ table["mark"].T, goal[:, 2])}
         loss = sum(F.cross_entropy(o, t, ignore_index=-1) for o, t in pairs.values())
         return loss, {"loss": loss.item()} | {k: (o.argmax(-1) == t)[t >= 0].float().mean().item() for k, (o, t) in pairs.items()}
 
-    optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, 2e-3, "see", log)
+    optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, lr, "see", log)
 
 
-def imitate(policy: Policy, samples: list) -> tuple[Tensor, Tensor]:
+def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]]) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
     hidden = policy.hidden([s[0] for s in samples])[:, :-1]
     own, targets = torch.zeros(hidden.shape[:2], dtype=torch.bool), torch.zeros(hidden.shape[:2], dtype=torch.long)
-    for row, (tokens, mask, *_) in enumerate(samples):
+    for row, (tokens, mask) in enumerate(samples):
         own[row, :len(mask) - 1], targets[row, :len(mask) - 1] = torch.tensor(mask[1:]), torch.tensor(tokens.ids[1:])
     logits = policy.model.lm_head(hidden[own])
     return F.cross_entropy(logits, targets[own]), (logits.argmax(-1) == targets[own]).float().mean()
@@ -296,61 +307,62 @@ def contrast(policy: Policy, pairs: list[tuple[Tokens, str]]) -> tuple[Tensor, T
             (logits.argmax(1) == target).float().mean())
 
 
-def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, pool: int, lr: float, log,
-                   gap: float = 0., listing: float = 0., weight: float = .2) -> None:
-    """The language model alone, on a pool of samples that is passed through several times; `listing` is the share of
-    box lists, the rest are demonstrations. The vision tower is frozen, so each image is encoded once for all passes."""
-    samples = [source.listing() if i < listing * pool else source.trajectory(gap) for i in range(pool)]
-    order = np.concatenate([source.rng.permutation(pool) for _ in range(steps * batch // pool + 1)])
+def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float, log,
+                   gap: float | None = None, weight: float = .2) -> None:
+    """The language model on frozen eyes: box lists (gap None), or demonstrations with the embedding beside them."""
 
     def loss_at(step):
-        chosen = [samples[i] for i in order[step * batch:(step + 1) * batch]]
-        loss, exact = imitate(policy, chosen)
+        samples, pairs = (source.listings(batch), []) if gap is None else source.demonstrations(batch, gap)
+        loss, exact = imitate(policy, samples)
         report = {"loss": loss.item(), "exact": exact.item()}
-        if pairs := [pair for sample in chosen if len(sample) == 3 for pair in sample[2]]:
-            nce, hit = contrast(policy, pairs)
-            loss, report = loss + weight * nce, report | {"nce": nce.item(), "match": hit.item()}
+        if pairs:
+            nce, match = contrast(policy, pairs)
+            loss, report = loss + weight * nce, report | {"nce": nce.item(), "match": match.item()}
         return loss, report
 
     optimise(list(policy.language.parameters()), loss_at, steps, lr, name, log)
 
 
-def worker(rank: int, ranks: int, out: str, seed: int, scale: float, port: int) -> None:
+def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    folder, log = Path(out), (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
-    if rank == 0:
-        build_model(folder, seed)
+    log = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
+    names = list(STAGES)
+    stage_folder = lambda stage: Path(out) if stage == names[-1] else Path(f"{out}-{stage}")
+    if rank == 0 and start == names[0]:
+        build_model(Path(f"{out}-empty"), seed)
     dist.barrier()
-    policy = Policy(folder)
-    source, n = Source(policy, seed, rank, ranks), lambda count: max(int(count * scale), 2)
+    policy = Policy(f"{out}-empty" if start == names[0] else stage_folder(names[names.index(start) - 1]))
     log(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     policy.model.train()
-    stage_see(policy, source, n(STEPS["see"]), 24, log)
-    stage_language(policy, source, "aim", n(STEPS["aim"]), 32, n(4000), 2e-3, log, listing=1.)
-    if rank == 0:
-        policy.save(folder.with_name(folder.name + "-aim"))
-    stage_language(policy, source, "act", n(STEPS["act"]), 32, n(4000), 1.5e-3, log, listing=.25)
-    if rank == 0:
-        policy.save(folder.with_name(folder.name + "-act"))
-    stage_language(policy, source, "habit", n(STEPS["habit"]), 32, n(3000), 6e-4, log, gap=.7)
-    if rank == 0:
-        policy.save(folder)
+    for number in range(names.index(start), len(names)):
+        name, settings = names[number], dict(STAGES[names[number]])
+        source = Source(policy, seed * 100 + number, rank, ranks)
+        settings["steps"] = max(int(settings["steps"] * scale), 2)
+        if name == "see":
+            stage_see(policy, source, log=log, **settings)
+        else:
+            stage_language(policy, source, name, log=log, **settings)
+        if rank == 0:
+            policy.save(stage_folder(name))
     dist.barrier()
     dist.destroy_process_group()
 
 
-STEPS = {"see": 560, "aim": 540, "act": 420, "habit": 180}
+# batch: scenes a step and process
+STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
+          "act": dict(steps=600, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
-    parser.add_argument("--out", default="runs/tiny", help="where the model directory goes")
+    parser.add_argument("--out", default="runs/tiny", help="where the model directory goes; stages are saved beside it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1., help="of all steps; 0.01 is a smoke test")
+    parser.add_argument("--scale", type=float, default=1., help="of all steps; 0.003 is a smoke test")
+    parser.add_argument("--start", default="see", choices=STAGES, help="continue from the stage before this one")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    torch.multiprocessing.start_processes(worker, (args.processes, args.out, args.seed, args.scale, 29500 + os.getpid() % 2000),
-                                          nprocs=args.processes, start_method="spawn")
-    print(f"built {args.out} in {time.time() - start:.0f} s")
+    began = time.time()
+    torch.multiprocessing.start_processes(
+        worker, (args.processes, args.out, args.seed, args.scale, args.start, 29500 + os.getpid() % 2000),
+        nprocs=args.processes, start_method="spawn")
+    print(f"built {args.out} in {time.time() - began:.0f} s")

@@ -78,18 +78,23 @@ def parse(text: str, seen: tuple[int, int]) -> Call | Answer:
     An answer wins over a call; of several calls the last counts. Raises ToolError, and nothing else."""
     text = text[:MAX_TURN_CHARS]
     said = text.rsplit("</think>", 1)[-1]  # tags inside a finished thought are thoughts
-    answers = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
+    answers = bodies("answer", said)
     if answers:
         if not answers[-1].strip():
             raise ToolError("empty_answer", "Error: the answer is empty. Write <answer>your answer</answer>.", final=True)
         return Answer(answers[-1].strip())
-    calls = re.findall(r"<tool_call>(.*?)</tool_call>", said, re.DOTALL)
+    calls = bodies("tool_call", said)
     if calls:
         return parse_call(calls[-1], seen, dropped=len(calls) - 1)
     for tag in ("tool_call", "answer"):
         if f"<{tag}>" in said:
             raise ToolError(f"unterminated_{tag}", f"Error: <{tag}> was opened but </{tag}> is missing.")
     raise ToolError("no_action", "Error: expected a <tool_call> or an <answer>, found neither.", final=True)
+
+
+def bodies(tag: str, text: str) -> list[str]:
+    """What stands between each <tag> and the next </tag>. In linear time, which a regular expression is not."""
+    return [part.split(f"<{tag}>", 1)[1] for part in text.split(f"</{tag}>")[:-1] if f"<{tag}>" in part]
 
 
 def parse_call(body: str, seen: tuple[int, int], dropped: int = 0) -> Call:
@@ -134,17 +139,20 @@ VAGUE = frozenset("""a an the this that these those it its he she they them ther
     middle corner side small large big tiny""".split())
 
 
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800"  # letters, by their category, that show nothing
+
+
 def check_label(label: object) -> str:
     """The cleaned description. Refuses what is missing, empty, too long, vague, or carries markup. Raises ToolError."""
     if not isinstance(label, str):
         raise ToolError("no_label", "Error: \"label\" is required: a text that says what you are looking for.")
     label = unicodedata.normalize("NFKC", label)  # full-width letters and ligatures become plain ones
-    if any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs", "Cn") for c in label):
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs", "Cn") or c in BLANK for c in label):
         raise ToolError("label_characters", "Error: the label holds control, invisible or private characters.")
     if "<" in label or ">" in label:
         raise ToolError("label_markup", "Error: the label must be plain words, without < or >.")
     label = " ".join(label.split())
-    words = re.findall(r"\w+", label.lower())
+    words = re.findall(r"[^\W_]+", label.lower())
     if not words:
         raise ToolError("empty_label", "Error: the label is empty. Say what you are looking for.")
     if len(label) > MAX_LABEL_CHARS or len(label.split()) > MAX_LABEL_WORDS:
@@ -198,6 +206,8 @@ class Resolution:
         w, h = (max(self.factor, round(side * scale / self.factor) * self.factor) for side in (width, height))
         while w * h > self.max_pixels and max(w, h) > self.factor:  # rounding up, or a very long image
             w, h = (w - self.factor, h) if w >= h else (w, h - self.factor)
+        while w * h < self.min_pixels and w * h + self.factor * min(w, h) <= self.max_pixels:
+            w, h = (w + self.factor, h) if w >= h else (w, h + self.factor)
         return w, h
 
 

@@ -1,0 +1,440 @@
+"""The tool's contract: any text becomes a checked Call, an Answer or a short ToolError; boxes and pixels agree."""
+import json
+import random
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import (MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, SYSTEM_PROMPT,
+                   TOOL_NAME, VAGUE, Answer, Call, Resolution, ToolError, check_box, fit, parse, to_original, zoom)
+
+SEEN = (96, 72)
+GOOD_LABEL, GOOD_BOX = '"the red sign"', "[10, 20, 50, 60]"
+GOOD = Call("the red sign", (10, 20, 50, 60))
+
+
+def body(label=GOOD_LABEL, box=GOOD_BOX, name=f'"{TOOL_NAME}"', more="") -> str:
+    """The JSON of a call; every part is raw text, so it can be broken at will."""
+    return f'{{"name": {name}, "arguments": {{"label": {label}, "bbox_2d": {box}{more}}}}}'
+
+
+def tagged(text: str) -> str:
+    return f"<tool_call>{text}</tool_call>"
+
+
+def outcome(turn: str, seen=SEEN):
+    """The Call or the Answer, or the kind of the ToolError."""
+    try:
+        return parse(turn, seen)
+    except ToolError as error:
+        assert 0 < len(str(error)) < 400 and str(error).startswith("Error: ")
+        return error.kind
+
+
+# ---- hand-worked tables ------------------------------------------------------------------------------------------
+
+LABELS = {  # label, raw JSON -> cleaned label or kind
+    "plain": ('"a red circle"', "a red circle"),
+    "spaces are joined": ('"  red   circle "', "red circle"),
+    "no-break space": ('"red\\u00a0circle"', "red circle"),
+    "line separator": ('"red\\u2028circle"', "red circle"),
+    "full-width letters": ('"ｒｅｄ ｃｉｒｃｌｅ"', "red circle"),
+    "ligature": ('"ﬁreplace"', "fireplace"),
+    "other scripts": ('"红色的标志"', "红色的标志"),
+    "emoji from two escapes": ('"red \\ud83d\\ude00 face"', "red \U0001f600 face"),
+    "one vague word among others": ('"the small object with a logo"', "the small object with a logo"),
+    "homoglyph is a word like any other": ('"the оbject"', "the оbject"),  # Cyrillic o
+    "as many words as allowed": (json.dumps("w " * 11 + "w"), "w " * 11 + "w"),
+    "as many characters as allowed": (json.dumps("w" * 80), "w" * 80),
+    "one word too many": (json.dumps("w " * 12 + "w"), "long_label"),
+    "one character too many": (json.dumps("w" * 81), "long_label"),
+    "one letter that becomes eighteen": (json.dumps("\ufdfa" * 5), "long_label"),
+    "empty": ('""', "empty_label"),
+    "blank": ('"   "', "empty_label"),
+    "punctuation": ('"... !? --"', "empty_label"),
+    "underscores": ('"___"', "empty_label"),
+    "vague": ('"the object"', "vague_label"),
+    "vague in capitals": ('"THE WHOLE IMAGE!"', "vague_label"),
+    "vague in full-width": ('"ｔｈｅ ｏｂｊｅｃｔ"', "vague_label"),
+    "vague with underscore": ('"the_object"', "vague_label"),
+    "vague list": ('"image, region; area (center)"', "vague_label"),
+    "null": ("null", "no_label"),
+    "number": ("7", "no_label"),
+    "bool": ("true", "no_label"),
+    "list": ('["red circle"]', "no_label"),
+    "object": ('{"text": "red circle"}', "no_label"),
+    "NaN": ("NaN", "not_finite"),
+    "markup": ('"red <b>circle</b>"', "label_markup"),
+    "special token": ('"<|image_pad|>"', "label_markup"),
+    "special token in full-width": ('"＜|im_end|＞"', "label_markup"),
+    "special token in small forms": ('"red ﹤|im_end|﹥"', "label_markup"),
+    "special token by escapes": ('"\\u003c|vision_start|\\u003e red"', "label_markup"),
+    "tool response": ('"red</tool_response>"', "label_markup"),
+    "newline": ('"red\\ncircle"', "label_characters"),
+    "raw newline": ('"red\ncircle"', "bad_json"),
+    "null byte": ('"red\\u0000circle"', "label_characters"),
+    "raw null byte": ('"red\0circle"', "bad_json"),
+    "escape sequence": ('"\\u001b[31mred"', "label_characters"),
+    "C1 control": ('"red\\u0085circle"', "label_characters"),
+    "zero-width space": ('"o\\u200bbject"', "label_characters"),
+    "zero-width joiner": ('"red\u200dcircle"', "label_characters"),
+    "soft hyphen": ('"ob\\u00adject"', "label_characters"),
+    "byte-order mark": ('"\\ufeffred"', "label_characters"),
+    "right-to-left override": ('"\\u202eelcric der"', "label_characters"),
+    "bidi isolate": ('"red \\u2066circle"', "label_characters"),
+    "tag characters": (json.dumps("red \U000e0041"), "label_characters"),
+    "private use": ('"red \\ue000"', "label_characters"),
+    "unassigned": ('"red \\uffff"', "label_characters"),
+    "lone surrogate by escape": ('"red \\ud800"', "label_characters"),
+    "lone surrogate": ('"red \udc80"', "label_characters"),
+    "invisible letter": ('"\\u3164"', "label_characters"),  # Hangul filler
+}
+
+BOXES = {  # box, raw JSON -> box or kind, for an image of 96 x 72
+    "floats": ("[10.5, 20.25, 50.75, 60]", (10.5, 20.25, 50.75, 60)),
+    "exponents": ("[1e1, 2E+1, 50e0, 600e-1]", (10, 20, 50, 60)),
+    "minus zero": ("[-0.0, 0, 50, 60]", (0, 0, 50, 60)),
+    "whole image": ("[0, 0, 96, 72]", (0, 0, 96, 72)),
+    "clamped on all sides": ("[-5, -5.5, 500, 1000000000]", (0, 0, 96, 72)),
+    "clamped from near infinity": ("[-1e308, 0, 1e308, 60]", (0, 0, 96, 60)),
+    "smallest, in the corner": ("[92, 68, 96, 72]", (92, 68, 96, 72)),
+    "a hair too small": ("[10, 10, 13.999, 40]", "small_box"),
+    "too small after clamping": ("[93, 10, 200, 40]", "small_box"),
+    "tiny": ("[10, 10, 10.0000001, 10.0000001]", "small_box"),
+    "inverted x": ("[50, 20, 10, 60]", "inverted_box"),
+    "inverted y": ("[10, 60, 50, 20]", "inverted_box"),
+    "empty": ("[10, 20, 10, 60]", "inverted_box"),
+    "all zero": ("[0, 0, 0, 0]", "inverted_box"),
+    "outside on the right, touching": ("[96, 20, 120, 60]", "outside_box"),
+    "outside on the left, touching": ("[-50, 20, 0, 60]", "outside_box"),
+    "outside below": ("[10, 100, 50, 160]", "outside_box"),
+    "overflow": ("[0, 0, 1e400, 60]", "not_finite"),
+    "negative overflow": ("[-1e400, 0, 50, 60]", "not_finite"),
+    "NaN": ("[NaN, 20, 50, 60]", "not_finite"),
+    "Infinity": ("[10, 20, Infinity, 60]", "not_finite"),
+    "-Infinity": ("[-Infinity, 20, 50, 60]", "not_finite"),
+    "integer beyond float": (f"[0, 0, 1{'0' * 400}, 60]", "not_finite"),
+    "integer of 1,500 digits": (f"[0, 0, {'9' * 1500}, 60]", "not_finite"),
+    "integer of 10,000 digits": (f"[0, 0, {'9' * 10_000}, 60]", "too_long"),
+    "bools": ("[false, false, 50, 60]", "bad_box"),
+    "strings": ('["10", "20", "50", "60"]', "bad_box"),
+    "one string": ('"[10, 20, 50, 60]"', "bad_box"),
+    "nulls": ("[null, null, null, null]", "bad_box"),
+    "null": ("null", "bad_box"),
+    "number": ("10", "bad_box"),
+    "object": ('{"x1": 10, "y1": 20, "x2": 50, "y2": 60}', "bad_box"),
+    "no number": ("[]", "bad_box"),
+    "three numbers": ("[10, 20, 50]", "bad_box"),
+    "five numbers": ("[10, 20, 50, 60, 70]", "bad_box"),
+    "two corners": ("[[10, 20], [50, 60]]", "bad_box"),
+    "list in a list": ("[[10, 20, 50, 60]]", "bad_box"),
+    "deep brackets": ("[" * 400 + "]" * 400, "bad_box"),
+    "trailing comma": ("[10, 20, 50, 60,]", "bad_json"),
+    "missing commas": ("[10 20 50 60]", "bad_json"),
+    "round brackets": ("(10, 20, 50, 60)", "bad_json"),
+    "open bracket": ("[10, 20, 50, 60", "bad_json"),
+    "plus sign": ("[+10, 20, 50, 60]", "bad_json"),
+    "leading zeros": ("[010, 20, 50, 60]", "bad_json"),
+    "hexadecimal": ("[0x0A, 20, 50, 60]", "bad_json"),
+    "underscore in a number": ("[1_0, 20, 50, 60]", "bad_json"),
+    "full-width digits": ("[１０, 20, 50, 60]", "bad_json"),
+    "arithmetic": ("[10, 20, 50, 10**9**9]", "bad_json"),
+    "code": ("[exit(), 20, 50, 60]", "bad_json"),
+}
+
+TURNS = {  # a whole turn -> Call, Answer or kind
+    "call": (tagged(body()), GOOD),
+    "white space in the tags": (tagged(f"\n\t {body()} \n"), GOOD),
+    "thought, then call": (f"<think>look</think>\n{tagged(body())}", GOOD),
+    "the box first": (tagged(f'{{"arguments": {{"bbox_2d": {GOOD_BOX}, "label": {GOOD_LABEL}}}, "name": "{TOOL_NAME}"}}'), GOOD),
+    "two calls: the last counts": (tagged(body('"a blue car"')) + tagged(body()), Call(GOOD.label, GOOD.bbox, dropped=1)),
+    "three calls, the first two broken": (tagged("?") * 2 + tagged(body()), Call(GOOD.label, GOOD.bbox, dropped=2)),
+    "two calls, the last broken": (tagged(body()) + tagged("?"), "bad_json"),
+    "a call, then an open one": (tagged(body()) + "<tool_call>{", GOOD),
+    "answer": ("<answer> (B) </answer>", Answer("(B)")),
+    "answer over lines": ("<answer>\nB\nC\n</answer>", Answer("B\nC")),
+    "two answers: the last counts": ("<answer>A</answer><answer>B</answer>", Answer("B")),
+    "call and answer": (tagged(body()) + "<answer>B</answer>", Answer("B")),
+    "answer and call": ("<answer>B</answer>" + tagged(body()), Answer("B")),
+    "answer and broken call": (tagged("?") + "<answer>B</answer>", Answer("B")),
+    "answer within a call": (tagged("<answer>B</answer>"), Answer("B")),
+    "call as an answer": (f"<answer>{tagged(body())}</answer>", Answer(tagged(body()))),
+    "code as an answer is text": ("<answer>__import__('os')</answer>", Answer("__import__('os')")),
+    "lone surrogate outside the tags": ("\ud800<answer>B</answer>\udfff", Answer("B")),
+    "empty answer": ("<answer></answer>", "empty_answer"),
+    "blank answer": ("<answer> \n\t\u3000</answer>", "empty_answer"),
+    "an answer, then an empty one": ("<answer>B</answer><answer></answer>", "empty_answer"),
+    "call in a thought": (f"<think>{tagged(body())}</think>", "no_action"),
+    "answer in a thought": ("<think><answer>A</answer></think>hm", "no_action"),
+    "answer in a thought, then call": (f"<think><answer>A</answer></think>{tagged(body())}", GOOD),
+    "thought without its opening tag": (f"<answer>A</answer></think>{tagged(body())}", GOOD),
+    "thought without its closing tag": (f"<think>look{tagged(body())}", GOOD),
+    "nothing": ("", "no_action"),
+    "white space": (" \n\t\0", "no_action"),
+    "prose": ("The answer is B.", "no_action"),
+    "bare JSON": (body(), "no_action"),
+    "JSON in a Markdown block": (f"```json\n{body()}\n```", "no_action"),
+    "only closing tags": ("</tool_call></answer>", "no_action"),
+    "tags in capitals": (f"<TOOL_CALL>{body()}</TOOL_CALL>", "no_action"),
+    "tags with a space": (f"<tool_call >{body()}</tool_call >", "no_action"),
+    "full-width tags": (f"＜tool_call＞{body()}＜/tool_call＞", "no_action"),
+    "closing tag first": (f"</tool_call>{body()}<tool_call>", "unterminated_tool_call"),
+    "open call": (f"<tool_call>{body()}", "unterminated_tool_call"),
+    "half a closing tag": (f"<tool_call>{body()}</tool_cal", "unterminated_tool_call"),
+    "open answer": ("<answer>B", "unterminated_answer"),
+    "both open": ("<answer><tool_call>", "unterminated_tool_call"),
+    "closing tag beyond the limit": ("<answer>" + "B" * MAX_TURN_CHARS + "</answer>", "unterminated_answer"),
+    "a million characters": ("B" * 1_000_000, "no_action"),
+    "nested tags": (f"<tool_call>{tagged(body())}</tool_call>", "bad_json"),
+    "closed by the wrong tag": (f"<tool_call>{body()}</answer></tool_call>", "bad_json"),
+    "empty call": (tagged(""), "bad_json"),
+    "call of white space": (tagged(" \n "), "bad_json"),
+    "too long a call": (tagged(body() + " " * MAX_CALL_CHARS), "too_long"),
+    "too long by its label": (tagged(body(json.dumps("w" * MAX_CALL_CHARS))), "too_long"),
+    "two objects": (tagged(body() + body()), "bad_json"),
+    "two objects, one a line": (tagged(body() + "\n" + body()), "bad_json"),
+    "single quotes": (tagged(body().replace('"', "'")), "bad_json"),
+    "typographic quotes": (tagged(body().replace('"', "\u201d")), "bad_json"),
+    "trailing comma": (tagged(body()[:-1] + ",}"), "bad_json"),
+    "comment": (tagged(body() + " // zoom"), "bad_json"),
+    "block comment": (tagged("/* zoom */" + body()), "bad_json"),
+    "missing brace": (tagged(body()[:-1]), "bad_json"),
+    "one brace too many": (tagged(body() + "}"), "bad_json"),
+    "byte-order mark": (tagged("\ufeff" + body()), "bad_json"),
+    "null byte": (tagged("\0" + body()), "bad_json"),
+    "lone surrogate": (tagged("\ud800" + body()), "bad_json"),
+    "Python": (tagged('__import__("os").system("ls")'), "bad_json"),
+    "Python call": (tagged(f'{TOOL_NAME}(label="the red sign", bbox_2d=[10, 20, 50, 60])'), "bad_json"),
+    "YAML": (tagged(f"name: {TOOL_NAME}"), "bad_json"),
+    "brackets deeper than the stack": (tagged("[" * 1900), "bad_json"),
+    "objects deeper than the stack": (tagged('{"a":' * 390 + "1" + "}" * 390), "too_long"),
+    "deep objects": (tagged('{"a":' * 300 + "1" + "}" * 300), "bad_call"),
+    "list of calls": (tagged(f"[{body()}]"), "bad_call"),
+    "string": (tagged(json.dumps(body())), "bad_call"),
+    "number": (tagged("1"), "bad_call"),
+    "null": (tagged("null"), "bad_call"),
+    "empty object": (tagged("{}"), "bad_call"),
+    "NaN": (tagged("NaN"), "not_finite"),
+    "flat arguments": (tagged(f'{{"name": "{TOOL_NAME}", "label": "a sign", "bbox_2d": {GOOD_BOX}}}'), "bad_call"),
+    "key in capitals": (tagged(body().replace('"name"', '"Name"')), "bad_call"),
+    "a third key": (tagged(body()[:-1] + ', "id": 1}'), "bad_call"),
+    "no name": (tagged(f'{{"arguments": {{"label": {GOOD_LABEL}, "bbox_2d": {GOOD_BOX}}}}}'), "bad_call"),
+    "other tool": (tagged(body(name='"os.system"')), "unknown_tool"),
+    "tool in capitals": (tagged(body(name=f'"{TOOL_NAME.upper()}"')), "unknown_tool"),
+    "tool with a space": (tagged(body(name=f'"{TOOL_NAME} "')), "unknown_tool"),
+    "tool null": (tagged(body(name="null")), "unknown_tool"),
+    "tool as a list": (tagged(body(name=f'["{TOOL_NAME}"]')), "unknown_tool"),
+    "repeated name": (tagged(body(name=f'"x", "name": "{TOOL_NAME}"')), "repeated_key"),
+    "repeated label": (tagged(body(more=', "label": "a car"')), "repeated_key"),
+    "repeated label, spelled by escape": (tagged(body(more=', "l\\u0061bel": "a car"')), "repeated_key"),
+    "extra argument": (tagged(body(more=', "path": "/etc/passwd"')), "bad_arguments"),
+    "extra argument with a huge name": (tagged(body(more=f', "{"k" * 1700}": 1')), "bad_arguments"),
+    "dunder argument": (tagged(body(more=', "__class__": {}')), "bad_arguments"),
+    "arguments as a string": (tagged(json.dumps({"name": TOOL_NAME, "arguments": json.dumps({"label": "a sign"})})), "bad_arguments"),
+    "arguments as a list": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": ["a sign", {GOOD_BOX}]}}'), "bad_arguments"),
+    "arguments null": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": null}}'), "bad_arguments"),
+    "no argument": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{}}}}'), "no_label"),
+    "no label": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{"bbox_2d": {GOOD_BOX}}}}}'), "no_label"),
+    "no box": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{"label": {GOOD_LABEL}}}}}'), "bad_box"),
+}
+
+
+def table(rows: dict):
+    return pytest.mark.parametrize("given, expected", [pytest.param(*row, id=name) for name, row in rows.items()])
+
+
+@table(LABELS)
+def test_label(given, expected):
+    """A label is cleaned or refused for the right reason; a refusal is never a Call with a changed meaning."""
+    result = outcome(tagged(body(label=given)))
+    assert result == (expected if isinstance(result, str) else Call(expected, GOOD.bbox))
+
+
+@table(BOXES)
+def test_box(given, expected):
+    """A box is clamped or refused for the right reason; numbers of any size stay numbers."""
+    result = outcome(tagged(body(box=given)))
+    assert result == (expected if isinstance(result, str) else Call(GOOD.label, expected))
+
+
+@table(TURNS)
+def test_turn(given, expected):
+    """Any turn ends in the Call, the Answer or the error that the specification names."""
+    assert outcome(given) == expected
+
+
+@pytest.mark.parametrize("seen, box, expected", [
+    ((1000, 72), [0, 0, 400, 4], (0, 0, 400, 4)), ((1000, 72), [0, 0, 401, 4], "thin_box"),
+    ((72, 1000), [10, 0, 14, 400], (10, 0, 14, 400)), ((72, 1000), [10, 0, 14, 401], "thin_box"),
+    ((400, 72), [0, 0, 9999, 4], (0, 0, 400, 4)), ((1000, 72), [0, 0, 9999, 4], "thin_box"), ((1000, 72), [0, 0, 999, 1], "small_box")])
+def test_thin_box(seen, box, expected):
+    """Aspect is judged after clamping, in both directions; 100:1 is still allowed."""
+    result = outcome(tagged(body(box=json.dumps(box))), seen)
+    assert result == (expected if isinstance(result, str) else Call(GOOD.label, expected))
+
+
+@pytest.mark.parametrize("turn, final", [("", True), ("<answer> </answer>", True), ("<answer>B", False), ("<tool_call>", False),
+                                         (tagged("?"), False), (tagged(body(box="[]")), False)])
+def test_final(turn, final):
+    """Only a turn that neither tried to call nor gave an answer ends the episode; the others may be repaired."""
+    with pytest.raises(ToolError) as error:
+        parse(turn, SEEN)
+    assert error.value.final is final
+
+
+def test_prompt_example_parses():
+    """The system prompt teaches a format that the parser accepts: its example call and its example answer."""
+    example = SYSTEM_PROMPT.split("Think first, then either call the function:\n")[1]
+    call, answer = example.split("\nor finish with the letter or the text of your answer:\n")
+    assert parse(call, (640, 480)) == Call("the red sign", (10, 40, 90, 120))
+    assert parse(answer, (640, 480)) == Answer("42")
+
+
+# ---- random hostility --------------------------------------------------------------------------------------------
+
+SPLICES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|image_pad|>",
+           "{", "}", "[", "]", '"', ",", ":", "'", "\\", "\\u0000", "\\ud800", "\0", "\ud800", "\u202e", "\u200b", "０", " ", "\n",
+           "NaN", "1e999", "-", "9" * 500, "[" * 500, "null", "true", "B", '"label":', '"bbox_2d":', f'"{TOOL_NAME}"', "object"]
+
+
+def mutate(rng: random.Random, text: str) -> str:
+    """One random change of a turn."""
+    i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+    character = chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)]))
+    return {"delete": text[:i] + text[min(j, i + rng.randrange(1, 12)):], "cut": text[:i], "repeat": text[:j] + text[i:],
+            "splice": text[:i] + rng.choice(SPLICES) + text[i:], "replace": text[:i] + character + text[i + 1:],
+            "number": re.sub(r"\d+", lambda m: rng.choice([m[0], m[0], str(rng.randint(-99, 199)), "1e9", "null"]), text),
+            "swap": text[j:] + text[i:j] + text[:i]}[rng.choice(
+                ["delete", "cut", "repeat", "splice", "splice", "replace", "replace", "number", "number", "swap"])]
+
+
+def test_random_hostile_turns():
+    """2,000 mutated turns: a valid Call, an Answer with text, or a short ToolError; nothing else, and fast."""
+    rng, seen_kinds, start = random.Random(0), set(), time.process_time()
+    seeds = [f"<think>look</think>{tagged(body())}", "<think>so</think><answer>(B)</answer>", tagged(body()) * 2]
+    for _ in range(2000):
+        turn = rng.choice(seeds)
+        for _ in range(rng.randrange(1, 6)):
+            turn = mutate(rng, turn)
+        result = outcome(turn)
+        seen_kinds.add(result if isinstance(result, str) else type(result).__name__)
+        if isinstance(result, Call):
+            x1, y1, x2, y2 = result.bbox
+            assert 0 <= x1 <= x2 - MIN_SIDE < x2 <= SEEN[0] and 0 <= y1 <= y2 - MIN_SIDE < y2 <= SEEN[1]
+            assert max(x2 - x1, y2 - y1) <= MAX_ASPECT * min(x2 - x1, y2 - y1)
+            assert 0 < len(result.label) <= MAX_LABEL_CHARS and len(result.label.split()) <= MAX_LABEL_WORDS
+            assert not set(result.label) & set("<>\n\0\u200b\u202e") and not set(re.findall(r"\w+", result.label.lower())) <= VAGUE
+        elif isinstance(result, Answer):
+            assert 0 < len(result.text.strip()) <= MAX_TURN_CHARS
+    assert seen_kinds >= {"Call", "Answer", "bad_json", "no_action", "unterminated_tool_call", "inverted_box", "bad_box",
+                          "label_characters"}
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("turn", ["<answer>" * 2500, "<tool_call>" * 1800, "</think>" * 2500, "<tool_call></tool_call>" * 800,
+                                  "<" * 20_000, tagged("[" * 1900), tagged('"' + "\\" * 1900), "x" * 10_000_000],
+                         ids=["answer", "tool_call", "think", "empty calls", "bracket", "nested", "backslash", "long"])
+def test_time_of_one_turn(turn):
+    """No turn costs more than a tenth of a second of work: repeated openings must not make the parser quadratic."""
+    start = time.process_time()
+    assert isinstance(outcome(turn), str)
+    assert time.process_time() - start < .1
+
+
+# ---- coordinates and pixels --------------------------------------------------------------------------------------
+
+SMALL = Resolution(24, 48 * 48, 96 * 96)
+SIZES = [(768, 768), (768, 384), (333, 777), (1920, 1080), (50, 50), (83, 28), (4000, 40), (1, 5000), (1, 1), (59, 61), (10_000_000, 1)]
+
+
+@pytest.mark.parametrize("original", SIZES)
+def test_to_original_round_trip(original):
+    """Coordinates map to the original and back; the full box maps to the full original; no axis is swapped."""
+    seen, box = SMALL.size(*original), (3.5, 7.25, 19.0, 21.75)
+    there = to_original(box, seen, original)
+    assert to_original(there, original, seen) == pytest.approx(box)
+    assert to_original((0, 0, *seen), seen, original) == pytest.approx((0, 0, *original))
+    assert there[0] == pytest.approx(3.5 * original[0] / seen[0]) and there[3] == pytest.approx(21.75 * original[1] / seen[1])
+
+
+@pytest.mark.parametrize("original", [(768, 768), (768, 384), (384, 768), (1000, 700)])
+def test_zoom_cuts_exactly_the_box(original):
+    """A rectangle painted under the box fills the crop, whatever the scale and aspect; one pixel more would show."""
+    seen = SMALL.size(*original)
+    box = (seen[0] // 4, seen[1] // 3, seen[0] // 4 + 24, seen[1] // 3 + 15)
+    x1, y1, x2, y2 = to_original(box, seen, original)
+    pixels = np.zeros((original[1], original[0], 3), np.uint8)
+    pixels[int(np.floor(y1 + 1e-6)):int(np.ceil(y2 - 1e-6)), int(np.floor(x1 + 1e-6)):int(np.ceil(x2 - 1e-6))] = (214, 46, 90)
+    crop, cut = zoom(Image.fromarray(pixels), Call("x", box), seen, SMALL)
+    assert cut == pytest.approx((x1, y1, x2, y2))
+    assert (np.asarray(crop) == (214, 46, 90)).all()
+    for wider in ((-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        crop, _ = zoom(Image.fromarray(pixels), Call("x", tuple(a + b for a, b in zip(box, wider))), seen, SMALL)
+        assert not (np.asarray(crop) == (214, 46, 90)).all()
+
+
+def test_zoom_pixel_for_pixel():
+    """Without any resizing the crop is the original's own pixels, at the edge of the image too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    free = Resolution(1, 1, 10**9)
+    for box in ((10, 20, 50, 60), (0, 0, 120, 80), (116, 76, 120, 80)):
+        crop, _ = zoom(Image.fromarray(pixels), Call("x", box), (120, 80), free)
+        assert (np.asarray(crop) == pixels[box[1]:box[3], box[0]:box[2]]).all()
+
+
+@pytest.mark.parametrize("original", SIZES[:9])
+def test_zoom_never_empty(original):
+    """The smallest boxes that check_box lets through still give a crop, even where the original is one pixel wide."""
+    seen = SMALL.size(*original)
+    image = Image.new("RGB", original, "red")
+    for box in ((0, 0, 4, 4), (seen[0] - 4, seen[1] - 4, *seen), (7.3, 9.1, 11.3, 13.1), (0, 0, *seen)):
+        crop, _ = zoom(image, Call("x", check_box(list(box), seen)), seen, SMALL)
+        assert crop.size[0] * crop.size[1] <= SMALL.crop().max_pixels and crop.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("resolution", [SMALL, Resolution(28, 56 * 56, 1280 * 28 * 28), Resolution(1, 1, 64 * 64)], ids=str)
+def test_resolution_bounds(resolution):
+    """Sides are multiples of the factor and areas stay below the bound, for ordinary and for extreme images."""
+    rng = np.random.default_rng(0)
+    for width, height in [*SIZES, *(2 ** rng.uniform(0, 12, (400, 2))).astype(int).tolist()]:
+        w, h = resolution.size(width, height)
+        assert w % resolution.factor == h % resolution.factor == 0 and min(w, h) > 0, (width, height, w, h)
+        assert w * h <= resolution.max_pixels, (width, height, w, h)
+
+
+@pytest.mark.parametrize("width, height", [(83, 28), (28, 83), (5, 11), (20, 8), (59, 40), (100, 24)])
+def test_resolution_lower_bound(width, height):
+    """Rounding to whole factors must not fall below the least area."""
+    for resolution in (SMALL, Resolution(28, 56 * 56, 1280 * 28 * 28)):
+        w, h = resolution.size(width, height)
+        assert w * h >= resolution.min_pixels and w * h <= resolution.max_pixels
+
+
+def test_resolution_keeps_aspect():
+    """With sides of many factors the aspect stays within a few percent; sizes that fit already are kept."""
+    resolution = Resolution(28, 56 * 56, 1280 * 28 * 28)
+    for width, height in [(4000, 3000), (1920, 1080), (600, 1800), (3000, 3000)]:
+        w, h = resolution.size(width, height)
+        assert w / h == pytest.approx(width / height, rel=.06)
+        assert w * h > .85 * min(width * height, resolution.max_pixels)
+    assert resolution.size(280, 560) == (280, 560) and SMALL.size(768, 768) == (96, 96) and SMALL.size(768, 384) == (120, 72)
+
+
+def test_crop_costs_a_quarter():
+    """A crop's bound is a quarter of the image's, and never below the least that the model takes."""
+    assert SMALL.crop() == Resolution(24, 48 * 48, 48 * 48)
+    assert Resolution(28, 100, 4000).crop() == Resolution(28, 100, 1000)
+    assert Resolution(28, 3000, 4000).crop() == Resolution(28, 3000, 3000)
+
+
+def test_fit():
+    """`fit` gives the size that `size` names; reducing by a whole number is the exact average."""
+    pixels = np.random.default_rng(0).integers(0, 32, (192, 192, 3)).astype(np.uint8) * 8
+    pixels = pixels.repeat(4, 0).repeat(4, 1)
+    reduced = np.asarray(fit(Image.fromarray(pixels), SMALL)).astype(float)
+    exact = pixels.reshape(96, 8, 96, 8, 3).mean((1, 3))
+    assert reduced.shape == (96, 96, 3) and abs(reduced - exact).max() <= 1
+    assert fit(Image.new("RGB", (20, 20)), SMALL).size == SMALL.size(20, 20) == (48, 48)
