@@ -90,7 +90,7 @@ def test_shows_means_readable(scenes, small, share):
 
 
 def test_coverage_holds_shows_by_hand():
-    """Hand-worked shares: two thirds hold, and a crop of more than 3 x 3 targets shows nothing."""
+    """Hand-worked shares: two thirds hold, and a crop longer than 2.5 targets shows nothing."""
     target = (10, 10, 40, 40)
     assert coverage(target, target) == 1 and coverage((0, 0, 100, 100), target) == 1
     assert coverage((10, 10, 25, 40), target) == .5 and coverage((25, 25, 99, 99), target) == .25
@@ -98,8 +98,8 @@ def test_coverage_holds_shows_by_hand():
     assert coverage((40, 10, 60, 40), target) == coverage((50, 50, 60, 60), target) == coverage((0, 0, 5, 99), target) == 0
     assert holds((10, 10, 30, 40), target) and holds((0, 0, 100, 100), target)
     assert not holds((10, 10, 29.9, 40), target) and not holds((60, 60, 90, 90), target)
-    assert shows(target, target) and shows((0, 0, 50, 50), target) and shows((-19, -19, 70, 70), target)
-    assert not shows((-20, -20, 71, 70), target) and not shows((10, 10, 29, 40), target)
+    assert shows(target, target) and shows((0, 0, 50, 50), target) and shows((-12, -12, 63, 63), target)
+    assert not shows((-12, -12, 63.1, 63), target) and not shows((10, 10, 29, 40), target)
     assert not shows((0, 0, 768, 768), target) and not shows((100, 100, 130, 130), target)
 
 
