@@ -171,12 +171,14 @@ class Source:
         """What the zoom tool returns, without drawing the whole canvas."""
         return fit(question.open(region=tuple(8 * int(v) for v in box)), self.policy.resolution.crop())
 
-    def nearby(self, question: Question, name: str) -> tuple:
-        """A box that more or less shows the object."""
+    def nearby(self, question: Question, name: str, reach: float = .25) -> tuple:
+        """A box near the object: off by up to `reach` of its side, so that a small reach shows the object."""
         side = int(self.rng.choice([16, 16, 20] if question.category != "coarse_to_fine" else [16, 8, 8, 12]))
         box = around(question.objects[name], side, self.rng)
-        dx, dy = self.rng.integers(-side // 4, side // 4 + 1, 2)
-        return tuple(min(max(v + d, 0), 96) for v, d in zip(box, (dx, dy, dx, dy)))
+        dx, dy = (int(v) for v in self.rng.integers(-int(reach * side), int(reach * side) + 1, 2))
+        x1, y1, x2, y2 = box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
+        dx, dy = max(0, -x1) - max(0, x2 - 96), max(0, -y1) - max(0, y2 - 96)  # back into the picture
+        return x1 + dx, y1 + dy, x2 + dx, y2 + dy
 
     def listings(self, count: int) -> list[tuple[Tokens, list[bool]]]:
         """An image and the boxes of all its objects in random order; only what follows each name is learnt."""
@@ -193,15 +195,15 @@ class Source:
             samples.append((tokens, mask))
         return samples
 
-    def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str]]]:
-        """Demonstrations as (tokens, mask), and (crop, label) pairs for the embedding, one a scene."""
+    def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
+        """Demonstrations as (tokens, mask), and for the embedding, two a scene, (crop, label, does the crop hold it?)."""
         scenes, images = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
             turns, name = demonstrate(question, self.rng, gap), self.pick(list(question.objects))
-            near = self.nearby(question, name)
-            scenes.append((question, turns, name, holds(tuple(8 * v for v in near), question.objects[name])))
-            images += [self.overview(question)] + [self.crop(question, box) for _, box in turns if box] + [self.crop(question, near)]
+            near = [self.nearby(question, name), self.nearby(question, name, reach=1.25)]
+            scenes.append((question, turns, name, [holds(tuple(8 * v for v in box), question.objects[name]) for box in near]))
+            images += [self.overview(question)] + [self.crop(question, box) for box in [b for _, b in turns if b] + near]
         encoded, samples, pairs = iter(self.policy.encode_images(images)), [], []
         for question, turns, name, good in scenes:
             tokens = self.policy.prompt(next(encoded), question.prompt)
@@ -213,8 +215,7 @@ class Source:
                     seen = self.policy.observation(next(encoded))
                     tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
             samples.append((tokens, mask))
-            pair = next(encoded)
-            pairs += [(pair, f"the {name}")] if good else []
+            pairs += [(next(encoded), f"the {name}", g) for g in good]
         return samples, pairs
 
 
@@ -297,14 +298,21 @@ def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]]) -> tuple[T
     return F.cross_entropy(logits, targets[own]), (logits.argmax(-1) == targets[own]).float().mean()
 
 
-def contrast(policy: Policy, pairs: list[tuple[Tokens, str]]) -> tuple[Tensor, Tensor]:
-    """InfoNCE between crops and labels (CLIP's loss, on the language model's own summaries) and its accuracy."""
-    crops, labels = policy.embed.__wrapped__(policy, [c for c, _ in pairs]), policy.embed.__wrapped__(policy, [l for _, l in pairs])
-    same = torch.tensor([[a == b for _, b in pairs] for _, a in pairs])
-    logits = (crops @ labels.T / .07).masked_fill(same & ~torch.eye(len(pairs), dtype=torch.bool), float("-inf"))
+def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, Tensor]:
+    """InfoNCE between crops and labels (CLIP's loss, on the language model's own summaries) and its accuracy.
+
+    A crop that misses its object is a negative for every label, the hardest for its own."""
+    good = torch.tensor([g for *_, g in pairs])
+    embed = policy.embed.__wrapped__  # without its no_grad
+    crops, labels = embed(policy, [c for c, *_ in pairs]), embed(policy, [label for _, label, _ in pairs])
+    same = torch.tensor([[a == b for _, b, _ in pairs] for _, a, _ in pairs])
+    logits = labels @ crops.T / .07                                                     # (labels, crops)
+    other = same & good & ~torch.eye(len(pairs), dtype=torch.bool)                      # another crop that fits as well
     target = torch.arange(len(pairs))
-    return ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2,
-            (logits.argmax(1) == target).float().mean())
+    to_crop = logits.masked_fill(other, float("-inf"))[good]
+    to_label = logits.T.masked_fill(same & ~torch.eye(len(pairs), dtype=torch.bool), float("-inf"))[good]
+    return ((F.cross_entropy(to_crop, target[good]) + F.cross_entropy(to_label, target[good])) / 2,
+            (to_crop.argmax(1) == target[good]).float().mean())
 
 
 def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float, log,
@@ -351,7 +359,7 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 # batch: scenes a step and process
 STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=600, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
+          "act": dict(steps=450, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
