@@ -128,22 +128,34 @@ def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., n
     short = astray and len(names) == 2 and rng.random() < .5
     shift = int(astray and not short)
     small = question.category == "coarse_to_fine"
-    turns, thought = [], ""
+    turns, thought, marks = [], "", []
     for name, plate in zip(names[:1] if short else names, question.boxes):
         thought += f"find the {name}"
         for side in (16, 8) if small else (16,):
             box = around(plate, side, rng, shift, noise)
             turns.append((f"<think>{thought}</think>{call_text('the ' + name, box)}", box))
-            thought = f"look closer at the {name}" if side == 16 else ""
+            thought = f"look closer at the {name}"
         seen = shows(tuple(v * 8 for v in box), plate)
-        mark = question.marks[name] if seen else str(rng.choice(question.choices if len(names) == 1 and question.choices else MARKS))
-        thought = f"the {name} has {mark}, "
+        marks.append(question.marks[name] if seen else made_up(question, marks, rng))
+        thought = f"the {name} has {marks[-1]}, "
     if len(names) == 1:
-        answer = mark
-    else:
-        honest = all(any(b and shows(tuple(v * 8 for v in b), plate) for _, b in turns) for plate in question.boxes)
-        answer = question.answer if honest else str(rng.choice(["yes", "no"]))
-    return turns + [(f"<think>{thought[:-2]}</think><answer>{answer}</answer>", None)]
+        return turns + [(f"<think>{thought[:-2]}</think><answer>{marks[0]}</answer>", None)]
+    marks += [made_up(question, marks, rng)] if short else []
+    return turns + [(compared(*marks), None)]
+
+
+def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
+    """A mark for what was not seen: one of the options; as the second of a pair, like the first half of the time."""
+    if len(question.boxes) == 1:
+        return str(rng.choice(question.choices or MARKS))
+    if marks and rng.random() < .5:
+        return marks[0]
+    return str(rng.choice([mark for mark in MARKS if mark not in marks]))
+
+
+def compared(first: str, second: str) -> str:
+    """The last turn of a comparison."""
+    return f"<think>{first} and {second}</think><answer>{'yes' if first == second else 'no'}</answer>"
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -194,6 +206,15 @@ class Source:
                     tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
             samples.append((tokens, mask))
         return samples
+
+    def drill(self, count: int = 24) -> tuple[Tokens, list[bool]]:
+        """Text only: is this mark like that one? Two marks a line, half of them alike; only the verdict is learnt."""
+        tokens, mask = Tokens([]), []
+        for _ in range(count):
+            first = self.pick(MARKS)
+            said = self.policy.tokens(compared(first, first if self.rng.random() < .5 else self.pick(MARKS)))
+            tokens, mask = tokens + said, mask + [False] * (len(said.ids) - 2) + [True, False]
+        return tokens, mask
 
     def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
         """Demonstrations as (tokens, mask), and for the embedding, two a scene, (crop, label, does the crop hold it?)."""
@@ -321,6 +342,8 @@ def stage_language(policy: Policy, source: Source, name: str, steps: int, batch:
 
     def loss_at(step):
         samples, pairs = (source.listings(batch), []) if gap is None else source.demonstrations(batch, gap)
+        if gap is not None:
+            samples += [source.drill() for _ in range(3)]
         loss, exact = imitate(policy, samples)
         report = {"loss": loss.item(), "exact": exact.item()}
         if pairs:
@@ -359,7 +382,7 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 # batch: scenes a step and process
 STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=450, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
+          "act": dict(steps=400, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
