@@ -7,7 +7,7 @@ overview is the same grey whatever the mark: the overview holds no trace of it (
 Only a zoom shows the mark; without it, an answer is a guess among the options, and the number of options is the luck.
 
     direct_attributes   "What mark is on the red circle?"                              one look
-    comparison          "Do the red circle and the blue square carry the same mark?"   two looks
+    comparison          "What mark is on the red circle and the blue square?"          two looks
     coarse_to_fine      as the first, in a scene at half size: a coarse look finds the object, a fine one reads it
 
 Run it:  python data.py --out runs/world --n 12      # pictures + questions.jsonl, a file `eval.py --data` can read
@@ -89,7 +89,7 @@ def shows(box: Box, target: Box) -> bool:
 class World:
     """How hard the world is. Every share is a probability per question."""
     objects: int = 6       # objects a scene, 2 to 16, no two alike in both shape and colour
-    options: int = 4       # options of a mark question, 2 to 8; 0 asks openly (luck 1/8)
+    options: int = 4       # options of a mark question, 2 to 8; 0 asks openly
     comparison: float = 0.25
     coarse: float = 0.15   # share of coarse_to_fine questions (all objects at half size)
     clutter: int = 4       # grey bars on the ground, which carry nothing
@@ -233,15 +233,16 @@ def world_question(world: World, seed: int, split: str, index: int) -> Question:
     kind = rng.choice(3, p=[1 - world.comparison - world.coarse, world.comparison, world.coarse])
     things = scene(rng, world.objects, small=bool(kind == 2))
     first, second = things[:2]
-    if kind == 1:
-        mark = first.mark if rng.random() < .5 else str(rng.choice([m for m in MARKS if m != first.mark]))
-        things[1] = second = Thing(second.shape, second.colour, mark, second.centre, second.small)
-        text = f"Do the {first.name} and the {second.name} carry the same mark?"
-        answer, choices, evidence = "yes" if first.mark == second.mark else "no", ("yes", "no"), (first, second)
+    evidence = (first, second) if kind == 1 else (first,)
+    text = "What mark is on " + " and ".join(f"the {thing.name}" for thing in evidence) + "?"
+    answer = " and ".join(thing.mark for thing in evidence)
+    if kind == 1:  # wrong options share a half with the right one, so that one look does not settle it
+        (a, *x), (b, *y) = ([thing.mark, *rng.permutation([m for m in MARKS if m != thing.mark])[:2]] for thing in evidence)
+        wrong = [(a, y[0]), (x[0], b)] if rng.random() < .5 else [(x[0], b), (a, y[0])]
+        wrong = [f"{m} and {n}" for m, n in wrong + [(x[0], y[0]), (a, y[1]), (x[1], b), (x[0], y[1]), (x[1], y[0])]]
     else:
-        text, answer, evidence = f"What mark is on the {first.name}?", first.mark, (first,)
-        wrong = rng.permutation([mark for mark in MARKS if mark != answer])[:max(world.options - 1, 0)]
-        choices = tuple(str(c) for c in rng.permutation([answer, *wrong])) if world.options else ()
+        wrong = [str(mark) for mark in rng.permutation([mark for mark in MARKS if mark != answer])]
+    choices = tuple(str(c) for c in rng.permutation([answer, *wrong[:world.options - 1]])) if world.options else ()
     return Question(text, answer, functools.partial(draw, things, world.clutter, int(rng.integers(2**31))), choices,
                     ("direct_attributes", "comparison", "coarse_to_fine")[kind],
                     tuple(t.plate for t in evidence), {t.name: t.plate for t in things},

@@ -136,26 +136,18 @@ def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., n
             turns.append((f"<think>{thought}</think>{call_text('the ' + name, box)}", box))
             thought = f"look closer at the {name}"
         seen = shows(tuple(v * 8 for v in box), plate)
-        marks.append(question.marks[name] if seen else made_up(question, marks, rng))
+        marks.append(question.marks[name] if seen else made_up(question, len(marks), rng))
         thought = f"the {name} has {marks[-1]}, "
-    if len(names) == 1:
-        return turns + [(f"<think>{thought[:-2]}</think><answer>{marks[0]}</answer>", None)]
-    marks += [made_up(question, marks, rng)] if short else []
-    return turns + [(compared(*marks), None)]
+    if short:
+        marks.append(made_up(question, 1, rng))
+    return turns + [(f"<think>{thought[:-2]}</think><answer>{' and '.join(marks)}</answer>", None)]
 
 
-def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
-    """A mark for what was not seen: one of the options; as the second of a pair, like the first half of the time."""
-    if len(question.boxes) == 1:
-        return str(rng.choice(question.choices or MARKS))
-    if marks and rng.random() < .5:
-        return marks[0]
-    return str(rng.choice([mark for mark in MARKS if mark not in marks]))
-
-
-def compared(first: str, second: str) -> str:
-    """The last turn of a comparison."""
-    return f"<think>{first} and {second}</think><answer>{'yes' if first == second else 'no'}</answer>"
+def made_up(question: Question, place: int, rng: np.random.Generator) -> str:
+    """A mark for the question's first or second object, which was not seen: what some option says of it."""
+    if not question.choices:
+        return str(rng.choice(MARKS))
+    return str(rng.choice(question.choices)).split(" and ")[place]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -206,15 +198,6 @@ class Source:
                     tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
             samples.append((tokens, mask))
         return samples
-
-    def drill(self, count: int = 24) -> tuple[Tokens, list[bool]]:
-        """Text only: is this mark like that one? Two marks a line, half of them alike; only the verdict is learnt."""
-        tokens, mask = Tokens([]), []
-        for _ in range(count):
-            first = self.pick(MARKS)
-            said = self.policy.tokens(compared(first, first if self.rng.random() < .5 else self.pick(MARKS)))
-            tokens, mask = tokens + said, mask + [False] * (len(said.ids) - 2) + [True, False]
-        return tokens, mask
 
     def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
         """Demonstrations as (tokens, mask), and for the embedding, two a scene, (crop, label, does the crop hold it?)."""
@@ -342,8 +325,6 @@ def stage_language(policy: Policy, source: Source, name: str, steps: int, batch:
 
     def loss_at(step):
         samples, pairs = (source.listings(batch), []) if gap is None else source.demonstrations(batch, gap)
-        if gap is not None:
-            samples += [source.drill() for _ in range(3)]
         loss, exact = imitate(policy, samples)
         report = {"loss": loss.item(), "exact": exact.item()}
         if pairs:
@@ -382,7 +363,7 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 # batch: scenes a step and process
 STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=400, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=200, batch=24, lr=6e-4, gap=.7)}
+          "act": dict(steps=500, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=160, batch=24, lr=6e-4, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
