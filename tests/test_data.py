@@ -140,7 +140,7 @@ def test_options(options):
     """The answer is one of the choices, choices are unique marks, and their number is the one configured."""
     for q in world_questions(World(options=options), 0, "train", 0, 80):
         if q.category == "comparison":
-            assert q.choices == ("yes", "no") and len(q.boxes) == 2
+            assert all(c.count(" and ") == 1 for c in q.choices) and len(q.boxes) == 2 and len(set(q.choices)) == options
         else:
             assert len(q.choices) == len(set(q.choices)) == options and set(q.choices) <= set(MARKS) and len(q.boxes) == 1
             assert q.answer in MARKS
@@ -158,10 +158,19 @@ def test_no_position_and_no_mark_is_favoured(options):
         assert len(counts) == n and max(abs(c - expected) for c in counts.values()) < 5 * expected**.5
 
 
-def test_comparison_is_balanced():
-    """Half of the pairs are alike: always saying yes is worth no more than luck."""
-    questions = world_questions(World(comparison=1, coarse=0), 0, "train", 0, 2000)
-    assert sum(q.answer == "yes" for q in questions) / 2000 == pytest.approx(.5, abs=.04)
+@pytest.mark.parametrize("options", range(2, 9))
+def test_comparison_needs_both_looks(options):
+    """One look does not settle a pair: always choosing an option that agrees on the first mark (or on the second) is
+    right less than eight times in ten, and at four options exactly half of the time."""
+    for place in (0, 1):
+        share = 0.
+        for q in world_questions(World(comparison=1, coarse=0, options=options), 0, "train", 0, 400):
+            seen = q.answer.split(" and ")[place]
+            fitting = [c for c in q.choices if c.split(" and ")[place] == seen]
+            share += 1 / len(fitting) / 400
+        assert share < .8
+        if options == 4:
+            assert share == pytest.approx(.5)
 
 
 @pytest.mark.parametrize("comparison, coarse", [(.25, .15), (0, 0), (1, 0), (0, 1), (.5, .5)])
@@ -181,7 +190,7 @@ def test_question_is_true(objects):
         named = [name for name in q.objects if f"the {name} " in q.text or f"the {name}?" in q.text]
         assert sorted(q.boxes) == sorted(q.objects[name] for name in named)
         marks = [q.marks[name] for name in named]
-        assert q.answer == (("no", "yes")[marks[0] == marks[1]] if q.category == "comparison" else marks[0])
+        assert q.answer == (f"{marks[0]} and {marks[1]}" if q.category == "comparison" else marks[0])
         side = 32 if q.category == "coarse_to_fine" else 64
         for x1, y1, x2, y2 in q.objects.values():
             assert side // 2 <= x1 < x2 <= CANVAS - side // 2 and side // 2 <= y1 < y2 <= CANVAS - side // 2
