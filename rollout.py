@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Question
 from policy import Policy, Session, Tokens
-from tools import Answer, Call, Resolution, ToolError, fit, parse, zoom
+from tools import Answer, Call, ToolError, fit, parse, zoom
 
 
 @dataclass
@@ -125,20 +125,20 @@ def film_strip(trajectory: Trajectory, title: str = "", side: int = 192) -> Imag
     pen = ImageDraw.Draw(strip)
     question = trajectory.question
     pen.text((12, 6), f"{title}{question.text}"[:90], "black", font)
-    overview = fit(question.open(), Resolution(1, 1, side * side))
+    ratio = side / max(trajectory.seen)  # the overview as the agent saw it: marks do not show
+    overview = question.open().resize(trajectory.seen, Image.BOX).resize(
+        tuple(max(round(v * ratio), 1) for v in trajectory.seen), Image.NEAREST)
     for i, turn in enumerate(trajectory.looks or [None]):
         left = 12 + i * (2 * side + 24)
         strip.paste(overview, (left, 30))
         if turn is None:
             pen.text((left + side + 12, 30), "(never looked)", "black", font)
             continue
-        scale = [overview.width / trajectory.seen[0], overview.height / trajectory.seen[1]]
-        box = [v * scale[j % 2] for j, v in enumerate(turn.call.bbox)]
+        box = [v * ratio for v in turn.call.bbox]
         for grow, colour in ((0, "white"), (1, "black")):
             pen.rectangle((left + box[0] - grow, 30 + box[1] - grow, left + box[2] + grow, 30 + box[3] + grow), outline=colour)
-        crop = turn.crop.copy()
-        ratio = side / max(crop.size)
-        crop = crop.resize((max(round(crop.width * ratio), 1), max(round(crop.height * ratio), 1)), Image.NEAREST)
+        crop = turn.crop
+        crop = crop.resize(tuple(max(round(v * side / max(crop.size)), 1) for v in crop.size), Image.NEAREST)
         strip.paste(crop, (left + side + 6, 30))
         score = "" if turn.score is None else f"   score {turn.score:.2f}"
         pen.text((left, side + 36), f"“{turn.call.label}”{score}"[:60], "black", small)
