@@ -319,8 +319,8 @@ def report(before: dict, after: dict, config: Config) -> None:
         cells = [results[f"{moment} {name}"][c] for name in before for c in ("accuracy", "gap")]
         print(f"{moment:10}" + "".join(f"{'-' if c is None else f'{c:.3f}':>22}" for c in cells))
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    shown = [i for i in range(min(len(before["greedy"]), 12))][:12]
-    shown = sorted(shown, key=lambda i: before["greedy"][i].question.category)[:: max(len(shown) // 4, 1)][:4]
+    first = {t.question.category: i for i, t in reversed(list(enumerate(before["greedy"])))}  # one question a category
+    shown = sorted(first.values())[:4]
     stack([film_strip(moment[i], f"{name}: ") for i in shown
            for name, moment in (("before", before["greedy"]), ("after", after["greedy"]))]).save(out / "films.png")
     print(f"\nsaved the model in {out}, and there films.png, metrics.jsonl, trajectories.jsonl, results.json")
