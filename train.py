@@ -144,23 +144,23 @@ def accumulate(policy: Policy, parameters: list[Tensor], trajectories: list[Traj
         p.grad = gradient.to(p.dtype)
     stats["entropy"] /= max(sum(shares), 1e-8)
     stats["grad_norm"] = math.sqrt(sum(g.pow(2).sum().item() for g in total))
-    stats["grad_noise"] = noise_scale(micro_norms, shares, stats["grad_norm"] ** 2)
+    stats["grad_noise"] = noise_share(micro_norms, shares, stats["grad_norm"] ** 2)
     return stats
 
 
-def noise_scale(micro_norms: list[float], shares: list[float], total: float) -> float | None:
-    """tr(Sigma) / |G|^2 in units of trajectories' share: McCandlish et al. 2018 (arXiv 1812.06162), app. A.1.
+def noise_share(micro_norms: list[float], shares: list[float], total: float) -> float | None:
+    """Which part of the squared gradient norm is sampling noise: (tr(Sigma) / B) / |g_B|^2, after McCandlish et al. 2018
+    (arXiv 1812.06162), app. A.1: E|g_b|^2 = |G|^2 + tr(Sigma) / b for a batch of size b.
 
-    micro_norms: |g_b|^2 of each micro-batch's *mean* gradient, shares: its part of the batch, total: |g|^2 of all.
-    E|g_b|^2 = |G|^2 + tr(Sigma) / b. None where it cannot be told: one micro-batch, or an estimate below zero.
-    The micro-batches are sorted by length, not drawn at random, so read the trend, not the digits."""
-    if len(micro_norms) < 2:
+    micro_norms: |g_b|^2 of each micro-batch's *mean* gradient, shares: its part b of the batch, total: |g|^2 of the sum.
+    1 is all noise; an estimate, so it may leave [0, 1]. None with fewer than two micro-batches. These are sorted by
+    length, not drawn at random: read the trend, not the digits."""
+    if len(micro_norms) < 2 or total == 0:
         return None
-    small = sum(n * s for n, s in zip(micro_norms, shares)) / sum(shares)
-    b, whole = sum(s * s for s in shares) / sum(shares), sum(shares)
-    signal = (whole * total / whole ** 2 - b * small) / (whole - b)
-    noise = (small - total / whole ** 2) / (1 / b - 1 / whole)
-    return noise / signal if signal > 0 and noise > 0 else None
+    whole = sum(shares)
+    small, b = sum(n * s for n, s in zip(micro_norms, shares)) / whole, sum(s * s for s in shares) / whole
+    large = total / whole ** 2
+    return (small - large) / (1 / b - 1 / whole) / whole / large
 
 
 class Questions:

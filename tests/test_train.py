@@ -11,7 +11,7 @@ from conftest import ROOT
 from data import World, write_jsonl, world_questions
 from policy import Policy
 from reward import Scorer, score
-from train import Config, Questions, accumulate, collapse, micro_batches, noise_scale, parse_config, spread, train
+from train import Config, Questions, accumulate, collapse, micro_batches, noise_share, parse_config, spread, train
 
 
 def small(tmp_path, **changes):
@@ -104,12 +104,13 @@ def test_micro_batches_are_bounded_and_complete(trajectories):
     assert all(len(b) == 1 or len(b) * max(len(trajectories[i].mask) for i in b) <= 700 for b in batches)
 
 
-def test_noise_scale_by_hand():
-    """Two orthogonal mean gradients of norm 1 with half the batch each: |G|^2 = 0, so no estimate. With one shared
-    part 1 and noise 1: |g_b|^2 = 2, |g|^2 = 1.5 -> |G|^2 = 1, tr(Sigma) = 0.5 per whole batch."""
-    assert noise_scale([1., 1.], [.5, .5], .5) is None
-    assert noise_scale([2., 2.], [.5, .5], 1.5) == pytest.approx(.5)
-    assert noise_scale([1.], [1.], 1.) is None
+def test_noise_share_by_hand():
+    """Two micro-batches of half the batch each. Orthogonal mean gradients of norm 1: the sum's |g|^2 is .5, all of it
+    noise. A common part of squared norm 1 and noise of 1: |g_b|^2 = 2, |g|^2 = 1.5, a third of it noise. Equal: none."""
+    assert noise_share([1., 1.], [.5, .5], .5) == pytest.approx(1)
+    assert noise_share([2., 2.], [.5, .5], 1.5) == pytest.approx(1 / 3)
+    assert noise_share([2., 2.], [.5, .5], 2.) == pytest.approx(0)
+    assert noise_share([1.], [1.], 1.) is None
 
 
 def weights(folder):
