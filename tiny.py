@@ -153,8 +153,7 @@ def made_up(question: Question, place: int, rng: np.random.Generator) -> str:
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 class Source:
-    """Endless cold-start scenes for one process, and what the stages make of them. No scene is used twice: with a
-    pool that repeats, the language model learns its scenes by heart instead of learning to aim."""
+    """Endless cold-start scenes for one process, and what the stages make of them. No scene is used twice."""
 
     def __init__(self, policy: Policy, seed: int, rank: int, ranks: int):
         self.policy, self.seed, self.index, self.ranks = policy, seed, rank, ranks

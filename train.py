@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import mapo
 from data import DataError, Question, World, read_jsonl, world_questions
-from eval import COLUMNS, evaluate, record, table, wilson
+from eval import evaluate, record, table, wilson
 from policy import Policy
 from reward import Scorer, format_reward, measure, score
 from rollout import Trajectory, collect, film_strip, stack

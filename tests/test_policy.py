@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from data import World, world_questions
 from policy import Policy, Session, Tokens, mrope_positions
 from rollout import collect
 from tools import fit
