@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="a model directory")
     parser.add_argument("--data", help="a .jsonl file; without it, held-out questions of the embedded world")
-    parser.add_argument("--n", type=int, default=500, help="how many questions of the world; 0 for all lines of --data")
+    parser.add_argument("--n", type=int, help="how many questions; default: 500 of the world, all of --data")
     parser.add_argument("--options", type=int, default=4, help="options of the world's mark questions, 0 or 2 to 8")
     parser.add_argument("--temperature", type=float, default=0., help="0 is greedy")
     parser.add_argument("--max_turns", type=int, default=4)
@@ -105,11 +105,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        questions = list(read_jsonl(args.data)) if args.data else world_questions(World(options=args.options), 0, "test", 0, args.n)
-        if args.data and args.n:
-            questions = questions[:args.n]
+        if args.data:
+            questions = list(read_jsonl(args.data))[:args.n]
+        else:
+            questions = world_questions(World(options=args.options), 0, "test", 0, 500 if args.n is None else args.n)
         if not questions:
-            raise DataError(f"{args.data}: holds no questions")
+            raise DataError(f"{args.data or '--n'}: no questions")
         policy, encoder = Policy(args.model), Policy(args.encoder or base_of(args.model))
         scorer = Scorer(encoder, questions[:64])
         trajectories = evaluate(policy, questions, scorer, args.temperature, args.seed, args.max_turns, args.max_tokens,

@@ -196,6 +196,9 @@ def test_the_real_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "95% interval" in done.stdout and (tmp_path / "eval/films.png").is_file()
     assert len(open(tmp_path / "eval/predictions.jsonl").readlines()) == 8
+    file = write_jsonl(world_questions(World(), 0, "test", 0, 5), tmp_path / "mine")
+    done = run("eval.py", "--model", out, "--data", file, "--out", tmp_path / "eval")
+    assert done.returncode == 0 and len(open(tmp_path / "eval/predictions.jsonl").readlines()) == 5
 
 
 @pytest.mark.parametrize("arguments, words", [
