@@ -12,7 +12,7 @@ the outcome r_i in [0, 1] and, for its look at turn t, the score s_it in [0, 1] 
 MAPO (arXiv 2604.06777) publishes no formula that we could reach; (1) and (2) are this project's reading of it, each
 number an option. README.md lists what is the paper's and what is assumed.
 
-Run it:  python mapo.py               # one group by hand: returns and advantages of four typical trajectories
+Run it:  python mapo.py               # one group by hand; then theory against measurement, and where coupling hurts
 """
 from dataclasses import dataclass
 
@@ -97,14 +97,98 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
     return -(weight * surrogate).sum(), stats
 
 
+# ---- why it can work, and when it does not: a model of one visual action --------------------------------------------
+#
+# z: did the crop show the evidence? P(r=1 | z=1) = 1 - eps (misreading), P(r=1 | z=0) = rho (luck), E[s | z] = mu_z,
+# Var(s | z) = sd^2, r and s independent given z. Signal to noise of a return: what z moves over what is left given z.
+#
+#     SNR(beta) = ((1-beta) Dr + beta Ds)^2 / ((1-beta)^2 v_r + beta^2 v_s)     Dr = 1 - eps - rho, Ds = mu_1 - mu_0    (5)
+#
+# It is largest at beta*/(1-beta*) = (Ds/v_s) / (Dr/v_r), where the two simply add up: SNR_r + SNR_s. It is free of scale,
+# which raw variance is not: halving a reward quarters its variance and teaches nothing.
+
+@dataclass(frozen=True)
+class Looking:
+    p: float = 0.25        # P(z = 1)
+    eps: float = 0.1
+    rho: float = 0.25
+    mu: tuple[float, float] = (0.3, 0.8)
+    sd: float = 0.2
+
+    @property
+    def moments(self) -> tuple[float, float, float, float]:
+        """Dr, Ds, v_r = E[Var(r | z)], v_s."""
+        v_r = self.p * self.eps * (1 - self.eps) + (1 - self.p) * self.rho * (1 - self.rho)
+        return 1 - self.eps - self.rho, self.mu[1] - self.mu[0], v_r, self.sd ** 2
+
+    def snr(self, beta: float) -> float:
+        """Eq. 5."""
+        d_r, d_s, v_r, v_s = self.moments
+        return ((1 - beta) * d_r + beta * d_s) ** 2 / ((1 - beta) ** 2 * v_r + beta ** 2 * v_s)
+
+    @property
+    def best_beta(self) -> float:
+        d_r, d_s, v_r, v_s = self.moments
+        return (d_s / v_s) / (d_s / v_s + d_r / v_r)
+
+    @property
+    def break_even(self) -> float:
+        """The beta past which coupling is worse than none; 1 if there is none (the score tells as much as the outcome)."""
+        d_r, d_s, v_r, v_s = self.moments
+        bottom = d_r ** 2 * v_s - d_s ** 2 * v_r
+        w = 2 * d_r * d_s * v_r / bottom if bottom > 0 else float("inf")
+        return 1. if w == float("inf") else w / (1 + w)
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions 0 .. 1/p - 1, of which 0 shows the evidence, under a uniform policy; outcomes; scores."""
+        action = torch.randint(0, round(1 / self.p), shape, generator=generator)
+        z = action == 0
+        r = (torch.rand(shape, generator=generator) < torch.where(z, 1 - self.eps, self.rho)).float()
+        return action, r, torch.where(z, self.mu[1], self.mu[0]) + self.sd * torch.randn(shape, generator=generator)
+
+
+def gradient_snr(model: Looking, beta: float, group: int = 8, questions: int = 20_000, seed: int = 0) -> float:
+    """Monte Carlo: SNR |E g|^2 / tr Cov(g) of the policy gradient g of one question's group, with eq. 3's advantages."""
+    action, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
+    A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta)
+    score = torch.eye(round(1 / model.p))[action] - model.p                          # grad of log softmax, (N, actions)
+    g = (A[:, None] * score).view(questions, group, -1).mean(1)
+    return (g.mean(0).square().sum() / g.var(0).sum()).item()
+
+
+def aim(beta: float, vague_score: float) -> float:
+    """Cosine between the exact gradients of E[R] and E[r] when the agent can also say something vague: four places times
+    two labels, uniform policy; a specific label scores .8 or .3 with z, a vague one `vague_score` wherever it looks."""
+    place, vague = torch.arange(8) % 4, torch.arange(8) >= 4
+    r = torch.where(place == 0, .9, .25)
+    s = torch.where(vague, vague_score, torch.where(place == 0, .8, .3))
+    centred = lambda value: value - value.mean()
+    return torch.cosine_similarity(centred((1 - beta) * r + beta * s), centred(r), dim=0).item()
+
+
 if __name__ == "__main__":
     stories = ["looked well, right", "looked well, misread", "looked badly, lucky", "looked badly, wrong", "never looked, lucky"]
     r = torch.tensor([1., 0, 1, 0, 1])
     scores = torch.tensor([[.9, .9], [.9, .9], [.1, .1], [.1, .1], [0, 0]])
     looked = torch.tensor([[True, True]] * 4 + [[False, False]])
-    print(f"{'trajectory':22} {'r':>4} {'S':>5}" + "".join(f"{'A, ' + name:>9}" for name in ALGORITHMS))
+    print(f"{'one group of five':22} {'r':>4} {'S':>5}" + "".join(f"{'A, ' + name:>9}" for name in ALGORITHMS))
     S = trajectory_score(scores, looked, .95)
     columns = [advantages(r, scores, looked, 5, row.beta) for row in ALGORITHMS.values()]
     for i, story in enumerate(stories):
         print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}" + "".join(f"{column[i]:9.2f}" for column in columns))
-    print("\nGRPO pays all right answers alike; MAPO tells the look that earned the answer from the guess that hit it.")
+    print("GRPO pays all right answers alike; MAPO tells the look that earned the answer from the guess that hit it.")
+
+    betas = (0., .1, .2, .4, .6, .8, 1.)
+    print(f"\n{'signal to noise':34}" + "".join(f"  b={b:<4}" for b in betas) + "  best b   hurts past b")
+    for name, model in {"good score, sd .2": Looking(sd=.2), "noisy score, sd .6": Looking(sd=.6),
+                        "useless score, mu_1 = mu_0": Looking(mu=(.5, .5)), "two options, luck 1/2": Looking(rho=.5),
+                        "no luck, noisy score": Looking(rho=0., eps=.05, sd=.6)}.items():
+        useful = model.mu[0] != model.mu[1]
+        limits = (f"{model.best_beta:8.3f}" + ("   never" if model.break_even == 1 else f"   {model.break_even:.3f}")) if useful else "       0   0"
+        print(f"{name:26} eq. 5   " + "".join(f"{model.snr(b):8.3f}" for b in betas) + limits)
+        print(f"{'':26} gradient" + "".join(f"{gradient_snr(model, b):8.2f}" for b in betas))
+    print("\nIn each pair of rows the scalar theory and the measured policy gradient peak at the same beta.")
+    print("\na vague label scores      " + "".join(f"  b={b:<4}" for b in betas) + "  (cosine with the gradient of E[r])")
+    for vague in (.2, .425, .95):
+        print(f"{vague:<26}" + "".join(f"{aim(b, vague):8.2f}" for b in betas))
+    print("A score that words alone can raise turns the gradient away from looking; so labels are contrasted and bounded.")

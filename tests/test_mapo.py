@@ -113,3 +113,57 @@ def test_imports_nothing_of_the_project():
     names = {n.name if isinstance(node, ast.Import) else node.module for node in ast.walk(ast.parse(open(mapo.__file__).read()))
              if isinstance(node, (ast.Import, ast.ImportFrom)) for n in node.names}
     assert names <= {"dataclasses", "torch", "math"}
+
+
+# ---- theory --------------------------------------------------------------------------------------------------------
+
+BETAS = (0., .1, .2, .4, .6, .8, 1.)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(sd=.2), (2.590, 3.042, 3.626, 5.345, 7.743, 8.744, 6.250)),
+    (dict(sd=.6), (2.590, 2.971, 3.236, 2.992, 2.014, 1.186, 0.694)),
+    (dict(mu=(.5, .5)), (2.590, 2.582, 2.551, 2.336, 1.669, 0.526, 0.000))])
+def test_signal_to_noise_by_hand(changes, expected):
+    """Eq. 5 with Dr = .65, v_r = .25 x .09 + .75 x .1875, Ds = .5 or 0."""
+    assert [mapo.Looking(**changes).snr(b) for b in BETAS] == pytest.approx(expected, abs=6e-4)
+
+
+def test_best_and_break_even_beta():
+    """At the best weight the two signals' SNR add up; at break-even the SNR is that of the outcome alone."""
+    for sd in (.2, .6):
+        model = mapo.Looking(sd=sd)
+        assert model.snr(model.best_beta) == pytest.approx(model.snr(0) + model.snr(1))
+    noisy = mapo.Looking(sd=.6)
+    assert noisy.best_beta == pytest.approx(.258, abs=1e-3) and noisy.break_even == pytest.approx(.488, abs=1e-3)
+    assert noisy.snr(noisy.break_even) == pytest.approx(noisy.snr(0))
+    assert mapo.Looking(sd=.2).break_even == 1
+
+
+@pytest.mark.parametrize("changes", [dict(sd=.2), dict(sd=.6), dict(mu=(.5, .5)), dict(rho=.5)])
+def test_measured_gradient_peaks_where_theory_says(changes):
+    """The policy gradient's SNR, through eq. 3's group normalisation, is largest at the beta that eq. 5 names."""
+    model = mapo.Looking(**changes)
+    predicted, measured = [model.snr(b) for b in BETAS], [mapo.gradient_snr(model, b, questions=10_000) for b in BETAS]
+    assert predicted.index(max(predicted)) == measured.index(max(measured))
+
+
+def test_group_mean_removes_the_variance_between_questions():
+    """E[(r - mean of group)^2] = (1 - 1/G) E_q[Var(r | q)]: what differs between questions is gone. Questions are easy
+    (.9) or hard (.1), so within each the variance is .09, whatever their mix; 5 standard errors allowed."""
+    g, group = torch.Generator().manual_seed(0), 4
+    p = torch.where(torch.rand(50_000, 1, generator=g) < .5, .9, .1)
+    r = (torch.rand(50_000, group, generator=g) < p).float()
+    left = (r - r.mean(1, keepdim=True)).square()
+    assert left.mean().item() == pytest.approx(.75 * .09, abs=5 * left.mean(1).std().item() / 50_000 ** .5)
+    assert r.var().item() == pytest.approx(.25, abs=.005)
+
+
+def test_a_score_that_moves_only_with_the_look_keeps_the_aim():
+    """Where the score depends on the action through z alone the gradient is parallel for every beta; a vague label
+    that scores high wherever it looks turns it away, the more the larger beta."""
+    r, s = torch.tensor([.9, .25, .25, .25]), torch.tensor([.8, .3, .3, .3])
+    mixed = .6 * r + .4 * s
+    assert torch.cosine_similarity(mixed - mixed.mean(), r - r.mean(), dim=0).item() == pytest.approx(1)
+    turned = [mapo.aim(b, .95) for b in BETAS]
+    assert turned[0] == pytest.approx(1) and turned == sorted(turned, reverse=True) and turned[-1] < .5
