@@ -1,4 +1,4 @@
-"""Scores -> returns -> advantages -> loss: MAPO, and GRPO as its special case. Only tensors, nothing of the project.
+"""Scores -> returns -> advantages -> loss: MAPO, and GRPO and two of its kin. Only tensors, nothing of the project.
 
 What it teaches: *where* the semantic score enters. A group of G trajectories answers one question; trajectory i has
 the outcome r_i in [0, 1] and, for its look at turn t, the score s_it in [0, 1] of the description against the crop.
@@ -23,14 +23,19 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Algorithm:
     """One row of the table: how scores become a return, and how far one batch may move the policy."""
-    beta: float = 0.0        # weight of the semantic score in the return, eq. 2
+    beta: float = 0.0            # weight of the semantic score in the return, eq. 2; --beta composes with any row
+    std: bool = True             # divide by the group's standard deviation, eq. 3
+    ratio: str = "token"         # rho of each token, or "sequence": the geometric mean over the trajectory's tokens
+    mean: str = "trajectory"     # every trajectory weighs the same, or "token": every token does
     clip_low: float = 0.2
     clip_high: float = 0.2
 
 
 ALGORITHMS = {
     "mapo": Algorithm(beta=0.4),
-    "grpo": Algorithm(beta=0.0),
+    "grpo": Algorithm(),                                                        # arXiv 2402.03300
+    "dr_grpo": Algorithm(std=False, mean="token"),                              # arXiv 2503.20783 (token mean for its fixed length)
+    "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),         # arXiv 2507.18071
 }
 
 
@@ -52,12 +57,12 @@ def turn_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
 
 
 def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, lam: float = 0.95,
-               credit: str = "trajectory") -> Tensor:
+               credit: str = "trajectory", std: bool = True) -> Tensor:
     """Outcomes r (N,), scores and looked (N, T), N = questions x group, groups contiguous -> advantages.
 
     credit "trajectory": (N,), eq. 1 to 3. "turn": (N, T), the score part from turn t on; mean and std stay those of
     whole trajectories, because a baseline per turn index would depend on when the policy stops, and be biased.
-    A group of equal returns gets exactly 0. Raises ValueError on shapes or options that do not fit."""
+    std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError on shapes or options that do not fit."""
     if r.ndim != 1 or len(r) % group or scores.shape != looked.shape or len(scores) != len(r):
         raise ValueError(f"expected r (N,), scores and looked (N, T), N a multiple of group={group}; "
                          f"found {tuple(r.shape)}, {tuple(scores.shape)}, {tuple(looked.shape)}")
@@ -66,34 +71,41 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     R = (1 - beta) * r + beta * trajectory_score(scores, looked, lam)          # (N,) eq. 2
     groups = R.view(-1, group)
     mean = groups.mean(1, keepdim=True).expand_as(groups).reshape(-1)
-    std = groups.std(1, keepdim=True, correction=0).expand_as(groups).reshape(-1)
-    scale = torch.where(std > 1e-6, 1 / (std + 1e-6), 0.)                       # equal returns: rounding is no signal
+    sigma = groups.std(1, keepdim=True, correction=0).expand_as(groups).reshape(-1)
+    scale = torch.where(sigma > 1e-6, 1 / (sigma + 1e-6) if std else 1., 0.)    # equal returns: rounding is no signal
     if credit == "turn":
         R = (1 - beta) * r[:, None] + beta * turn_score(scores, looked, lam)   # (N, T)
         mean, scale = mean[:, None], scale[:, None]
     return (R - mean) * scale                                                   # eq. 3
 
 
-def token_weights(mask: Tensor) -> Tensor:
+def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
     """w of eq. 4: mask (N, L) of the agent's tokens in the *whole* batch -> (N, L), which sums to 1. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""
     mask = mask.float()
+    if mean == "token":
+        return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
 
 
 def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip_low: float = 0.2,
-         clip_high: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+         clip_high: float = 0.2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the agent's.
 
+    ratio "sequence": every token of a trajectory has rho = exp(mean of its tokens' log-ratios), GSPO's eq. 5.
     Returns the scalar loss and, summed with the same weights: kl, the estimate E[rho - 1 - log rho] of
     KL(old || new) (Schulman's k3), and clip_fraction, the share of tokens whose gradient the clip removed."""
     log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     with torch.no_grad():
-        stopped = ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
-        stats = {"kl": (weight * (ratio - 1 - log_ratio)).sum(), "clip_fraction": (weight * stopped).sum()}
+        kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum()
+    if ratio == "sequence":
+        own = (weight > 0).float()
+        log_ratio = ((own * log_ratio).sum(1, keepdim=True) / own.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
+    rho = log_ratio.exp()
+    surrogate = torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    with torch.no_grad():
+        stopped = ((rho > 1 + clip_high) & (advantage > 0)) | ((rho < 1 - clip_low) & (advantage < 0))
+        stats = {"kl": kl, "clip_fraction": (weight * stopped).sum()}
     return -(weight * surrogate).sum(), stats
 
 
@@ -171,11 +183,11 @@ if __name__ == "__main__":
     r = torch.tensor([1., 0, 1, 0, 1])
     scores = torch.tensor([[.9, .9], [.9, .9], [.1, .1], [.1, .1], [0, 0]])
     looked = torch.tensor([[True, True]] * 4 + [[False, False]])
-    print(f"{'one group of five':22} {'r':>4} {'S':>5}" + "".join(f"{'A, ' + name:>9}" for name in ALGORITHMS))
+    print(f"{'one group of five':22} {'r':>4} {'S':>5}" + "".join(f"{'A, ' + name:>12}" for name in ALGORITHMS))
     S = trajectory_score(scores, looked, .95)
-    columns = [advantages(r, scores, looked, 5, row.beta) for row in ALGORITHMS.values()]
+    columns = [advantages(r, scores, looked, 5, row.beta, std=row.std) for row in ALGORITHMS.values()]
     for i, story in enumerate(stories):
-        print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}" + "".join(f"{column[i]:9.2f}" for column in columns))
+        print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}" + "".join(f"{column[i]:12.2f}" for column in columns))
     print("GRPO pays all right answers alike; MAPO tells the look that earned the answer from the guess that hit it.")
 
     betas = (0., .1, .2, .4, .6, .8, 1.)

@@ -120,7 +120,7 @@ def accumulate(policy: Policy, parameters: list[Tensor], trajectories: list[Traj
     longest = max(len(t.mask) for t in trajectories)
     pad = lambda rows, fill: torch.tensor([r[1:] + [fill] * (longest - len(r)) for r in rows])
     mask, old = pad([t.mask for t in trajectories], False), pad([t.logps for t in trajectories], 0.)
-    weight, advantage = mapo.token_weights(mask), spread(advantage, trajectories)          # (N, L - 1) each
+    weight, advantage = mapo.token_weights(mask, row.mean), spread(advantage, trajectories)          # (N, L - 1) each
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     stats = {"loss": 0., "kl": 0., "clip_fraction": 0., "entropy": 0.}
     micro_norms, shares = [], []
@@ -129,7 +129,7 @@ def accumulate(policy: Policy, parameters: list[Tensor], trajectories: list[Traj
         logp, entropy = policy.logprobs([trajectories[i].tokens for i in batch], [trajectories[i].mask for i in batch],
                                         config.temperature)
         piece = [x[batch, :logp.shape[1]].to(policy.device) for x in (old, advantage, weight)]
-        loss, more = mapo.loss(logp, *piece, row.clip_low, row.clip_high)
+        loss, more = mapo.loss(logp, *piece, row.clip_low, row.clip_high, row.ratio)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for sum_, gradient in zip(total, gradients):
             if gradient is not None:
@@ -274,7 +274,7 @@ def train(config: Config) -> dict:
         r, s, looked = score(trajectories, scorer)
         if config.format_weight:
             r = (1 - config.format_weight) * r + config.format_weight * torch.tensor([format_reward(t) for t in trajectories])
-        advantage = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit)
+        advantage = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit, row.std)
         lr = config.lr * min(1, (step + 1) / 5)
         for _ in range(config.updates):
             stats = accumulate(policy, parameters, trajectories, advantage, config, row)

@@ -107,6 +107,38 @@ def test_token_weights():
     assert torch.allclose(w, torch.tensor([[1 / 4, 1 / 4, 0, 0], [0, 1 / 6, 1 / 6, 1 / 6]]))
 
 
+def test_every_token_weighs_the_same_in_dr_grpo():
+    w = token_weights(torch.tensor([[T, T, F, F], [F, T, T, T]]), "token")
+    assert torch.allclose(w, torch.tensor([[.2, .2, 0, 0], [0, .2, .2, .2]]))
+
+
+def test_dr_grpo_does_not_divide_by_the_standard_deviation():
+    A = advantages(torch.tensor([1., 0, 0, 0]), torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.bool), 4, beta=0., std=False)
+    assert torch.allclose(A, torch.tensor([.75, -.25, -.25, -.25]))
+    assert (advantages(torch.full((4,), 1 / 3), torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.bool), 4, 0., std=False) == 0).all()
+
+
+def test_gspo_ratio_by_hand():
+    """Ratios 2 and 1/2 in one trajectory: their geometric mean is 1, so nothing is clipped; 1.21 and 1 give 1.1, clipped
+    to 1.05. The environment's token, with a ratio of 100, does not count. One token is its own mean."""
+    logp = torch.tensor([[2., .5, 100.], [1.21, 1., 100.], [1.02, 1., 1.]]).log()
+    weight = token_weights(torch.tensor([[T, T, F], [T, T, F], [T, F, F]]))
+    value, stats = loss(logp, torch.zeros(3, 3), torch.ones(3, 3), weight, .05, .05, "sequence")
+    assert value.item() == pytest.approx(-(1 + 1.05 + 1.02) / 3, abs=1e-6)
+    assert stats["clip_fraction"].item() == pytest.approx(1 / 3)
+
+
+def test_gspo_gradient_at_ratio_one_is_that_of_grpo():
+    """d rho / d logp_t = 1 / T for each of T tokens: summed over the trajectory's tokens it is GRPO's at the start."""
+    weight, A = token_weights(torch.tensor([[T, T, T, F]])), torch.full((1, 4), 2.)
+    grads = []
+    for ratio in ("token", "sequence"):
+        logp = torch.zeros(1, 4, requires_grad=True)
+        loss(logp, torch.zeros(1, 4), A, weight, ratio=ratio)[0].backward()
+        grads.append(logp.grad)
+    assert torch.allclose(grads[0], grads[1]) and torch.allclose(grads[0], torch.tensor([[-2 / 3] * 3 + [0.]]))
+
+
 def test_imports_nothing_of_the_project():
     """mapo.py can be lifted into another framework alone."""
     import ast

@@ -155,6 +155,13 @@ def test_two_updates_move_the_ratio(tmp_path):
     assert train(small(tmp_path, steps=2, updates=1))["kl"] < 1e-6
 
 
+@pytest.mark.parametrize("algo", mapo.ALGORITHMS)
+def test_every_algorithm_trains(tmp_path, algo):
+    """Every row of the table takes a step, alone and with MAPO's coupling."""
+    for beta in (0., .4):
+        assert train(small(tmp_path, algo=algo, beta=beta, steps=1, questions=4))["grad_norm"] > 0
+
+
 def test_training_on_your_own_questions(tmp_path):
     """A .jsonl trains too; its order is shuffled by the seed and passes are complete."""
     file = write_jsonl(world_questions(World(), 1, "train", 0, 6), tmp_path)
