@@ -243,14 +243,14 @@ def train(config: Config) -> dict:
     checkpoint = newest_checkpoint(config.out) if config.resume else None
     if config.resume and not checkpoint:
         raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state.pt")
-    out.mkdir(parents=True, exist_ok=True)
-    if not config.resume:  # a new run must not mix with the old one's lines, nor a later --resume find its checkpoint
-        for old in [*out.glob("step-*"), out / "metrics.jsonl", out / "trajectories.jsonl"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     stream, tests = Questions(config), held_out(config)
     base = Policy(config.model, config.device)
     policy = Policy(checkpoint or config.model, config.device)
     scorer = Scorer(base, stream[10**6][:16] + stream[10**6 + 1][:16] + stream[10**6 + 2][:16] + stream[10**6 + 3][:16])
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.resume:  # everything has loaded: only now may the old run's lines and checkpoints go
+        for old in [*out.glob("step-*"), out / "metrics.jsonl", out / "trajectories.jsonl"]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     policy.model.requires_grad_(False)
     parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
     optimiser = torch.optim.AdamW(parameters, lr=config.lr, betas=(.9, .95), weight_decay=0.)

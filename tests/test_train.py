@@ -211,8 +211,12 @@ def test_the_real_commands(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["train.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["train.py", "--model", "docs"], "docs: no config.json"),
-    (["train.py", "--resume", "--out", "runs/never"], "no checkpoint in runs/never"),
+    (["train.py", "--resume"], "--resume: no checkpoint in"),
     (["eval.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file")])
-def test_errors_are_one_clear_line(arguments, words):
-    done = run(*arguments)
+def test_errors_are_one_clear_line_and_lose_nothing(arguments, words, tmp_path):
+    """A typo is named in one line, and what an earlier run left in the folder is still there."""
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "step-000050").mkdir()
+    done = run(*arguments, "--out", tmp_path)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "step-000050").is_dir()
