@@ -114,7 +114,7 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
 # z: did the crop show the evidence? P(r=1 | z=1) = 1 - eps (misreading), P(r=1 | z=0) = rho (luck), E[s | z] = mu_z,
 # Var(s | z) = sd^2, r and s independent given z. Signal to noise of a return: what z moves over what is left given z.
 #
-#     SNR(beta) = ((1-beta) Dr + beta Ds)^2 / ((1-beta)^2 v_r + beta^2 v_s)     Dr = 1 - eps - rho, Ds = mu_1 - mu_0    (5)
+#     SNR(beta) = ((1-beta) Dr + beta Ds)^2 / ((1-beta)^2 v_r + beta^2 v_s)     Dr = 1 - eps - rho, Ds = mu_1 - mu_0    (8)
 #
 # It is largest at beta*/(1-beta*) = (Ds/v_s) / (Dr/v_r), where the two simply add up: SNR_r + SNR_s. It is free of scale,
 # which raw variance is not: halving a reward quarters its variance and teaches nothing.
@@ -134,7 +134,7 @@ class Looking:
         return 1 - self.eps - self.rho, self.mu[1] - self.mu[0], v_r, self.sd ** 2
 
     def snr(self, beta: float) -> float:
-        """Eq. 5."""
+        """Eq. 8 (5 to 7 stand in reward.py)."""
         d_r, d_s, v_r, v_s = self.moments
         return ((1 - beta) * d_r + beta * d_s) ** 2 / ((1 - beta) ** 2 * v_r + beta ** 2 * v_s)
 
@@ -197,7 +197,7 @@ if __name__ == "__main__":
                         "no luck, noisy score": Looking(rho=0., eps=.05, sd=.6)}.items():
         useful = model.mu[0] != model.mu[1]
         limits = (f"{model.best_beta:8.3f}" + ("   never" if model.break_even == 1 else f"   {model.break_even:.3f}")) if useful else "       0   0"
-        print(f"{name:26} eq. 5   " + "".join(f"{model.snr(b):8.3f}" for b in betas) + limits)
+        print(f"{name:26} eq. 8   " + "".join(f"{model.snr(b):8.3f}" for b in betas) + limits)
         print(f"{'':26} gradient" + "".join(f"{gradient_snr(model, b):8.2f}" for b in betas))
     print("\nIn each pair of rows the scalar theory and the measured policy gradient peak at the same beta.")
     print("\na vague label scores      " + "".join(f"  b={b:<4}" for b in betas) + "  (cosine with the gradient of E[r])")

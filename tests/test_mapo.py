@@ -157,7 +157,7 @@ BETAS = (0., .1, .2, .4, .6, .8, 1.)
     (dict(sd=.6), (2.590, 2.971, 3.236, 2.992, 2.014, 1.186, 0.694)),
     (dict(mu=(.5, .5)), (2.590, 2.582, 2.551, 2.336, 1.669, 0.526, 0.000))])
 def test_signal_to_noise_by_hand(changes, expected):
-    """Eq. 5 with Dr = .65, v_r = .25 x .09 + .75 x .1875, Ds = .5 or 0."""
+    """Eq. 8 with Dr = .65, v_r = .25 x .09 + .75 x .1875, Ds = .5 or 0."""
     assert [mapo.Looking(**changes).snr(b) for b in BETAS] == pytest.approx(expected, abs=6e-4)
 
 
@@ -174,7 +174,7 @@ def test_best_and_break_even_beta():
 
 @pytest.mark.parametrize("changes", [dict(sd=.2), dict(sd=.6), dict(mu=(.5, .5)), dict(rho=.5)])
 def test_measured_gradient_peaks_where_theory_says(changes):
-    """The policy gradient's SNR, through eq. 3's group normalisation, is largest at the beta that eq. 5 names."""
+    """The policy gradient's SNR, through eq. 3's group normalisation, is largest at the beta that eq. 8 names."""
     model = mapo.Looking(**changes)
     predicted, measured = [model.snr(b) for b in BETAS], [mapo.gradient_snr(model, b, questions=10_000) for b in BETAS]
     assert predicted.index(max(predicted)) == measured.index(max(measured))
