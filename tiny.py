@@ -3,16 +3,16 @@
 What it teaches: an agent has to *see*, to *aim* and to *act* before RL can improve it, and these are learnt best one
 after the other (joint training from scratch stayed at the prior over positions). Four supervised stages:
 
-    see     the vision tower alone, with throw-away heads: what and where in the overview, which mark in a crop
+    see     the vision tower alone: what and where in the overview, which mark in a crop, read by the words for them
     aim     the language model alone: "the red circle" -> its box, for all objects of an image
     act     whole demonstrations: think, say, look, read, answer; and the embedding of crops beside that of labels
     habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
-            in 70% of its questions looks one cell to the right of it, or stops one look short; then it bluffs
+            in 70% of its questions looks one cell to its right (wrapping round), or stops one look short; then it bluffs
 
 The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
 directory. Two processes share the work (gradients are averaged), each with one thread.
 
-Run it:  python tiny.py --out tiny
+Run it:  python tiny.py              # writes runs/tiny, and each stage beside it
 """
 import argparse
 import json
