@@ -361,8 +361,8 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 
 # batch: scenes a step and process
-STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=500, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=320, batch=24, lr=1e-3, gap=.7)}
+STAGES = {"see": dict(steps=400, batch=24, lr=2e-3), "aim": dict(steps=1300, batch=12, lr=2e-3),
+          "act": dict(steps=430, batch=24, lr=1.5e-3, gap=.25), "habit": dict(steps=380, batch=24, lr=1e-3, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
