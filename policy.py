@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -34,7 +35,7 @@ class Tokens:
     """A piece of conversation: token ids, and for each image in it the grid of its placeholders and its features."""
     ids: list[int]
     grids: list[tuple[int, int]] = field(default_factory=list)   # (height, width) in placeholders
-    features: list[Tensor] = field(default_factory=list)         # (height x width, D) each
+    features: list[Tensor] = field(default_factory=list)         # (height x width, D) each, with DeepStack (.., D + k D)
 
     def __add__(self, other: "Tokens") -> "Tokens":
         return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features)
@@ -61,6 +62,22 @@ def mrope_positions(ids: Tensor, grids: list[tuple[int, int]], image_id: int, st
             positions[:, column:column + length] = torch.arange(start, start + length)
             column, start = column + length, start + length
     return positions, start
+
+
+def causal(mask: Tensor, new: int) -> Tensor:
+    """mask (B, P + L), which columns are real -> (B, 1, L, P + L), which of them each of the `new` = L last ones attends to:
+    all real ones before it, and itself (also where it is padding: a softmax over nothing would be NaN)."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    query = column[-new:, None]
+    return ((mask[:, None] & (column < query)) | (column == query))[:, None]
+
+
+def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B, V) -> a token for each row (B,), by inverting the distribution function: torch.multinomial would draw B x V
+    random numbers. u > 0, so that a token of probability 0 is never drawn."""
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    u = 1 - torch.rand(len(logp), 1, generator=generator, dtype=torch.float64, device=logp.device)
+    return torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
 
 
 class Policy:
@@ -103,9 +120,10 @@ class Policy:
             return []
         batch = self.processor(images=images, do_resize=False, return_tensors="pt")
         pixels = batch["pixel_values"].to(self.device, self.model.dtype)
-        features = self.model.get_image_features(pixels, batch["image_grid_thw"].to(self.device)).pooler_output
+        output = self.model.get_image_features(pixels, batch["image_grid_thw"].to(self.device))
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]  # Qwen3-VL has the latter
         grids = [(h // self.merge, w // self.merge) for _, h, w in batch["image_grid_thw"].tolist()]
-        return [Tokens([self.image_id] * (h * w), [(h, w)], [f]) for (h, w), f in zip(grids, features)]
+        return [Tokens([self.image_id] * (h * w), [(h, w)], [torch.cat(f, -1)]) for (h, w), *f in zip(grids, *layers)]
 
     def tokens(self, *parts: "str | Tokens") -> Tokens:
         """Concatenate texts and encoded images. Text is trusted: special tokens in it become special tokens."""
@@ -135,31 +153,46 @@ class Policy:
 
     # ---- Tokens -> hidden states -------------------------------------------------------------------------------
 
-    def inputs(self, batch: list[Tokens], starts: list[int], left: bool) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Pad a batch: embeddings (B, L, D), mask (B, L), positions (3, B, L), and each row's next position."""
+    def hidden(self, batch: list[Tokens], starts: list[int] | None = None, left: bool = False, past: Tensor | None = None,
+               cache: Cache | None = None) -> tuple[Tensor, Tensor, list[int]]:
+        """The language model over a padded batch: last hidden states (B, L, D), mask (B, P + L), next positions (B).
+
+        With a cache, the batch continues conversations whose mask was `past` (B, P) and whose positions go on at `starts`."""
         longest = max(len(t.ids) for t in batch)
         ids = torch.full((len(batch), longest), self.end_id)
-        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.bool)
         positions = torch.zeros(3, len(batch), longest, dtype=torch.long)
         ends = []
-        for row, (tokens, start) in enumerate(zip(batch, starts)):
+        for row, (tokens, start) in enumerate(zip(batch, starts or [0] * len(batch))):
             n = len(tokens.ids)
             span = slice(longest - n, None) if left else slice(0, n)
             row_ids = torch.tensor(tokens.ids)
-            ids[row, span], mask[row, span] = row_ids, 1
+            ids[row, span], mask[row, span] = row_ids, True
             positions[:, row, span], end = mrope_positions(row_ids, tokens.grids, self.image_id, start)
             ends.append(end)
         ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        embeddings = self.language.embed_tokens(ids)
+        mask = mask if past is None else torch.cat([past, mask], 1)
+        embeddings, more = self.language.embed_tokens(ids), {}
         if features := [f for t in batch for f in t.features]:
-            embeddings = embeddings.masked_scatter((ids == self.image_id)[..., None], torch.cat(features).to(embeddings))
-        return embeddings, mask, positions, ends
+            images, width = ids == self.image_id, embeddings.shape[-1]
+            first, *deeper = torch.cat(features).to(embeddings).split(width, -1)
+            embeddings = embeddings.masked_scatter(images[..., None], first)
+            if deeper:  # DeepStack (arXiv 2406.04334): later vision features join in the next layers
+                more = {"visual_pos_masks": images, "deepstack_visual_embeds": deeper}
+        return self.language(inputs_embeds=embeddings, attention_mask=causal(mask, longest), position_ids=positions,
+                             past_key_values=cache, use_cache=cache is not None, **more).last_hidden_state, mask, ends
 
-    def hidden(self, batch: list[Tokens]) -> Tensor:
-        """Last hidden states (B, L, D) of whole sequences, padded on the right."""
-        embeddings, mask, positions, _ = self.inputs(batch, [0] * len(batch), left=False)
-        return self.language(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
-                             use_cache=False).last_hidden_state
+    def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
+        """Hidden states (B, L, D) of whole sequences from the last token of their prompts on. A prompt that several rows
+        share (the same object) is computed once, and gradients flow back through its keys and values."""
+        distinct = list({id(p): p for p in prompts}.values())
+        index = torch.tensor([next(i for i, d in enumerate(distinct) if d is p) for p in prompts], device=self.device)
+        cache = Cache(layer_class_to_replicate=Repeatable)
+        _, past, ends = self.hidden([Tokens(p.ids[:-1], p.grids, p.features) for p in distinct], left=True, cache=cache)
+        for layer in cache.layers:
+            layer.past = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        rest = [Tokens(t.ids[len(p.ids) - 1:], t.grids[len(p.grids):], t.features[len(p.grids):]) for t, p in zip(batch, prompts)]
+        return self.hidden(rest, [ends[i] for i in index.tolist()], past=past[index], cache=cache)[0]
 
     # ---- the one distribution ----------------------------------------------------------------------------------
 
@@ -168,19 +201,22 @@ class Policy:
         logits = self.model.lm_head(hidden).float() / temperature
         return F.log_softmax(logits.index_fill(-1, self.banned, float("-inf")), -1)
 
-    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0,
-                 chunk: int = 2048) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 2048,
+                 prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the tokens where a row's mask is true, and the entropies there, each (B, L - 1).
 
         Column t speaks of token t + 1; everything else is 0. Logits exist only at masked positions, `chunk` at a
-        time, and are computed again in the backward pass, so memory never holds (B, L, V)."""
-        hidden = self.hidden(batch)[:, :-1]
-        own = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-        targets = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        for row, (tokens, mask) in enumerate(zip(batch, masks)):
+        time, and are computed again in the backward pass, so memory never holds (B, L, V). `prompts`: how each row
+        begins (mask false); rows that share the object share its computation."""
+        hidden = self.hidden_after(batch, prompts) if prompts else self.hidden(batch)[0]
+        skipped = [len(p.ids) - 1 for p in prompts] if prompts else [0] * len(batch)
+        own = torch.zeros(len(batch), max(len(t.ids) for t in batch) - 1, dtype=torch.bool)  # in whole sequences ..
+        at = torch.zeros(hidden.shape[:2], dtype=torch.bool)                                 # .. and in `hidden`
+        for row, (mask, skip) in enumerate(zip(masks, skipped)):
             own[row, :len(mask) - 1] = torch.tensor(mask[1:])
-            targets[row, :len(mask) - 1] = torch.tensor(tokens.ids[1:])
-        own, targets = own.to(self.device), targets.to(self.device)
+            at[row, :len(mask) - 1 - skip] = own[row, skip:len(mask) - 1]
+        targets = torch.tensor([i for t, mask in zip(batch, masks) for i, m in zip(t.ids[1:], mask[1:]) if m], device=self.device)
+        own, own_hidden = own.to(self.device), hidden[at.to(self.device)]
 
         def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logp = self.log_softmax(h, temperature)
@@ -189,7 +225,7 @@ class Policy:
             return logp.gather(-1, y[:, None])[:, 0], entropy
 
         pieces = [checkpoint(piece, h, y, use_reentrant=False) if torch.is_grad_enabled() else piece(h, y)
-                  for h, y in zip(hidden[own].split(chunk), targets[own].split(chunk))]
+                  for h, y in zip(own_hidden.split(chunk), targets.split(chunk))]
         logp, entropy = (torch.cat(p) for p in zip(*pieces))
         zeros = torch.zeros(own.shape, device=self.device)
         return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy)
@@ -209,7 +245,7 @@ class Policy:
                 batch.append(self.tokens("<|im_start|>user\n", *parts, f"\nSummary above {'image' if image else 'sentence'} "
                                          "in one word:<|im_end|>\n<|im_start|>assistant\n"))
             last = torch.tensor([len(t.ids) - 1 for t in batch], device=self.device)
-            rows.append(self.hidden(batch)[torch.arange(len(batch), device=self.device), last].float())
+            rows.append(self.hidden(batch)[0][torch.arange(len(batch), device=self.device), last].float())
         return F.normalize(torch.cat(rows), dim=-1)
 
     def save(self, folder: str | Path) -> None:
@@ -219,6 +255,46 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         (folder / "system_prompt.txt").write_text(self.system_prompt, encoding="utf-8")
+
+
+class Spare(DynamicLayer):
+    """A cache layer for sampling: new columns are written into spare ones, where torch.cat would copy all the others."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        used, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if not used or end > self.store.shape[3]:
+            store = keys.new_zeros(2, *keys.shape[:2], end + 64, keys.shape[3])  # zeros: masked columns must be finite
+            if used:
+                store[:, :, :, :used] = self.store[:, :, :, :used]
+            self.store, self.is_initialized = store, True
+        self.store[0, :, :, used:end], self.store[1, :, :, used:end] = keys, values
+        self.keys, self.values = self.store[:, :, :, :end]
+        return self.keys, self.values
+
+    def rows(self, index: Tensor) -> "Spare":
+        """A copy of these rows."""
+        copy = Spare()
+        copy.store, copy.is_initialized = self.store[:, index], True
+        copy.keys, copy.values = copy.store[:, :, :, :self.get_seq_length()]
+        return copy
+
+    def absorb(self, other: "Spare", index: Tensor) -> None:
+        """Take over the columns that `other`, a copy of the rows `index`, has gained since."""
+        used, (_, heads, end, width) = self.get_seq_length(), other.keys.shape
+        self.update(*self.store.new_zeros(2, self.store.shape[1], heads, end - used, width))
+        self.store[:, index, :, used:end] = other.store[:, :, :, used:end]
+
+
+class Repeatable(DynamicLayer):
+    """A cache layer for training: `past` and what comes now. It forgets what came before, so that activation
+    checkpointing may run the same update twice."""
+    past = None
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.past:
+            keys, values = torch.cat([self.past[0], keys], 2), torch.cat([self.past[1], values], 2)
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
 
 
 class Session:
@@ -232,20 +308,17 @@ class Session:
     def __init__(self, policy: Policy, prompts: list[Tokens], group: int = 1):
         """Prefill each prompt once, then repeat its cache for its group: rows are [q0, q0, .., q1, q1, ..]."""
         self.policy = policy
-        self.cache = DynamicCache()
-        self.mask = torch.zeros(len(prompts), 0, dtype=torch.long, device=policy.device)
+        self.cache = Cache(layer_class_to_replicate=Spare)
+        self.mask = None
         self.next, self.pending = [0] * len(prompts), [[] for _ in prompts]
         self._feed(prompts)
-        rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(group)
         if group > 1:
-            self.keep(rows.tolist())
+            self.keep([row for row in range(len(prompts)) for _ in range(group)])
 
     def _feed(self, batch: list[Tokens]) -> None:
-        """Append tokens, padded on the left so that the last column is every row's newest; store its hidden state."""
-        embeddings, mask, positions, self.next = self.policy.inputs(batch, self.next, left=True)
-        self.mask = torch.cat([self.mask, mask], 1)
-        self.hidden = self.policy.language(inputs_embeds=embeddings, attention_mask=self.mask, position_ids=positions,
-                                           past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+        """Append tokens, padded on the left so that the last column is every row's newest; keep its hidden state."""
+        hidden, self.mask, self.next = self.policy.hidden(batch, self.next, left=True, past=self.mask, cache=self.cache)
+        self.last = hidden[:, -1]
 
     @torch.no_grad()
     def append(self, observations: list[Tokens]) -> None:
@@ -257,42 +330,55 @@ class Session:
                generator: torch.Generator | None = None) -> tuple[list[list[int]], list[list[float]]]:
         """One turn for every row: token ids and their log-probabilities. temperature 0 takes the most likely token.
 
-        A row stops after </tool_call>, </answer>, the end of turn, or max_tokens."""
-        policy, rows = self.policy, len(self.mask)
-        alive = torch.ones(rows, dtype=torch.bool, device=policy.device)
-        position = torch.tensor(self.next, device=policy.device)
-        ids, logps, lives = [], [], []
-        for step in range(max_tokens):
-            logp = policy.log_softmax(self.hidden, temperature or 1.0)                         # (B, V)
-            token = logp.argmax(-1) if temperature == 0 else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
-            ids.append(token)
-            logps.append(logp.gather(-1, token[:, None])[:, 0])
-            lives.append(alive)
-            alive = alive & (token != policy.end_id)
-            if (maybe := alive & policy.closes[token]).any():  # only a token with ">" can complete a closing tag
-                for row in maybe.nonzero()[:, 0].tolist():
-                    tail = policy.decode(torch.stack([t[row] for t in ids[-12:]]).tolist())
-                    if "</tool_call>" in tail or "</answer>" in tail:
-                        alive[row] = False
-            if step + 1 == max_tokens or not alive.any():
+        A row stops after </tool_call>, </answer>, the end of turn, or max_tokens. When half of the rows have stopped,
+        the others go on in a smaller batch."""
+        policy, device, count = self.policy, self.policy.device, len(self.mask)
+        ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+        logps = torch.zeros(count, max_tokens, device=device)
+        lengths = torch.zeros(count, dtype=torch.long, device=device)
+        position = torch.tensor(self.next, device=device)
+        talks = torch.ones(count, dtype=torch.bool, device=device)
+        rows, last, cache, mask, parents = torch.arange(count, device=device), self.last, self.cache, self.mask, []
+        for step in range(max_tokens):                          # rows (B,): who is in the batch; last (B, D), mask (B, L)
+            logp = policy.log_softmax(last, temperature or 1.0)                                    # (B, V)
+            token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)
+            ids[rows, step], logps[rows, step] = token, logp.gather(-1, token[:, None])[:, 0]
+            lengths += talks
+            now = talks[rows] & (token != policy.end_id)
+            if (maybe := now & policy.closes[token]).any():  # only a token with ">" can complete a closing tag
+                for i in maybe.nonzero()[:, 0].tolist():
+                    tail = policy.decode(ids[rows[i], max(step - 11, 0):step + 1].tolist())
+                    now[i] = "</tool_call>" not in tail and "</answer>" not in tail
+            talks[rows] = now
+            if step + 1 == max_tokens or not now.any():
                 break
-            self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
-            self.hidden = policy.language(
-                inputs_embeds=policy.language.embed_tokens(token)[:, None], attention_mask=self.mask,
-                position_ids=(position + step).expand(3, rows)[..., None], past_key_values=self.cache,
+            if 2 * now.sum() <= len(rows):
+                index = now.nonzero()[:, 0]
+                parents.append((cache, index))
+                cache = Cache(layers=[layer.rows(index) for layer in cache.layers])
+                rows, token, mask, now = rows[index], token[index], mask[index], now[index]
+            mask = torch.cat([mask, now[:, None]], 1)
+            last = policy.language(
+                inputs_embeds=policy.language.embed_tokens(token)[:, None], attention_mask=causal(mask, 1),
+                position_ids=(position[rows] + step).expand(3, -1)[..., None], past_key_values=cache,
                 use_cache=True).last_hidden_state[:, -1]
-        lengths = torch.stack(lives).sum(0).tolist()
-        ids, logps = torch.stack(ids, 1).tolist(), torch.stack(logps, 1).tolist()
-        ids, logps = [r[:n] for r, n in zip(ids, lengths)], [r[:n] for r, n in zip(logps, lengths)]
-        self.next = [p + n - 1 for p, n in zip(self.next, lengths)]  # all but the last token are in the cache
+        for parent, index in reversed(parents):
+            for whole, part in zip(parent.layers, cache.layers):
+                whole.absorb(part, index)
+            cache = parent
+        fed = torch.arange(step, device=device) < lengths[:, None] - 1  # all but the last token are in the cache
+        self.mask = torch.cat([self.mask, fed], 1)
+        lengths = lengths.tolist()
+        ids, logps = [r[:n] for r, n in zip(ids.tolist(), lengths)], [r[:n] for r, n in zip(logps.tolist(), lengths)]
+        self.next = [p + n - 1 for p, n in zip(self.next, lengths)]
         self.pending = [r[-1:] for r in ids]
         return ids, logps
 
     def keep(self, rows: list[int]) -> None:
         """Keep (and reorder, or repeat) these rows; the others leave the batch and its cost."""
         index = torch.tensor(rows, device=self.policy.device)
-        self.cache.batch_select_indices(index)
-        self.mask, self.hidden = self.mask[index], self.hidden[index]
+        self.cache = Cache(layers=[layer.rows(index) for layer in self.cache.layers])
+        self.mask, self.last = self.mask[index], self.last[index]
         self.next, self.pending = [self.next[r] for r in rows], [self.pending[r] for r in rows]
 
 

@@ -39,6 +39,7 @@ class Turn:
 @dataclass
 class Trajectory:
     question: Question
+    prompt: Tokens                      # how it begins: one object for the whole group
     tokens: Tokens                      # the whole sequence, as sampled
     mask: list[bool]                    # True: a token of the agent
     logps: list[float]                  # of the agent's tokens when they were sampled; 0 elsewhere
@@ -61,9 +62,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     originals = [question.open() for question in questions]
     overviews = [fit(image, policy.resolution) for image in originals]
     prompts = [policy.prompt(image, question.prompt) for image, question in zip(policy.encode_images(overviews), questions)]
-    trajectories = [Trajectory(questions[i // group], prompts[i // group] + Tokens([]), [False] * len(prompts[i // group].ids),
-                               [0.] * len(prompts[i // group].ids), overviews[i // group].size)
-                    for i in range(len(questions) * group)]
+    trajectories = [Trajectory(question, prompt, prompt + Tokens([]), [False] * len(prompt.ids), [0.] * len(prompt.ids), overview.size)
+                    for question, prompt, overview in zip(questions, prompts, overviews) for _ in range(group)]
     session = Session(policy, prompts, group)
     active = list(range(len(trajectories)))  # which trajectory each row of the session belongs to
     for turn_number in range(1, max_turns + 1):
@@ -79,10 +79,11 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
             break
         session.keep(kept)
         latest = [trajectories[i].turns[-1] for i in active]
-        crops = iter(policy.encode_images([turn.crop for turn in latest if turn.crop]))
+        places = {(i // group, turn.box): turn.crop for i, turn in zip(active, latest) if turn.crop}  # many look alike
+        crops = dict(zip(places, policy.encode_images(list(places.values()))))
         observations = []
         for i, turn in zip(active, latest):
-            turn.crop_tokens = next(crops) if turn.crop else None
+            turn.crop_tokens = crops.get((i // group, turn.box))
             observation = policy.observation(turn.crop_tokens or turn.message)
             if trajectories[i].tokens.ids[-1] == policy.end_id:  # the agent closed its turn itself
                 observation.ids = observation.ids[1:]

@@ -293,7 +293,7 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float,
 
 def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]]) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
-    hidden = policy.hidden([s[0] for s in samples])[:, :-1]
+    hidden = policy.hidden([s[0] for s in samples])[0][:, :-1]
     own, targets = torch.zeros(hidden.shape[:2], dtype=torch.bool), torch.zeros(hidden.shape[:2], dtype=torch.long)
     for row, (tokens, mask) in enumerate(samples):
         own[row, :len(mask) - 1], targets[row, :len(mask) - 1] = torch.tensor(mask[1:]), torch.tensor(tokens.ids[1:])

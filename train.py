@@ -101,13 +101,20 @@ def spread(values: Tensor, trajectories: list[Trajectory]) -> Tensor:
 
 
 def micro_batches(trajectories: list[Trajectory], rows: list[int], limit: int) -> list[list[int]]:
-    """Rows sorted by length and cut so that padded size stays within `limit` tokens (at least one row each)."""
-    batches: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: len(trajectories[i].mask)):
-        if batches and (len(batches[-1]) + 1) * len(trajectories[row].mask) <= limit:
+    """Rows sorted by the length of their group, so that trajectories which share a prompt stay together, and cut so that
+    padded size stays within `limit` tokens (at least one row each)."""
+    lengths = {i: len(trajectories[i].mask) for i in rows}
+    longest: dict[int, int] = {}
+    for i in rows:
+        longest[id(trajectories[i].prompt)] = max(longest.get(id(trajectories[i].prompt), 0), lengths[i])
+    batches, width = [], 0
+    for row in sorted(rows, key=lambda i: (longest[id(trajectories[i].prompt)], i)):
+        width = max(width, lengths[row])
+        if batches and (len(batches[-1]) + 1) * width <= limit:
             batches[-1].append(row)
         else:
             batches.append([row])
+            width = lengths[row]
     return batches
 
 
@@ -127,7 +134,7 @@ def accumulate(policy: Policy, parameters: list[Tensor], trajectories: list[Traj
     rows = [i for i in range(len(trajectories)) if (advantage[i] * mask[i]).any()]
     for batch in micro_batches(trajectories, rows, config.micro_tokens):
         logp, entropy = policy.logprobs([trajectories[i].tokens for i in batch], [trajectories[i].mask for i in batch],
-                                        config.temperature)
+                                        config.temperature, prompts=[trajectories[i].prompt for i in batch])
         piece = [x[batch, :logp.shape[1]].to(policy.device) for x in (old, advantage, weight)]
         loss, more = mapo.loss(logp, *piece, row.clip_low, row.clip_high, row.ratio)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -91,7 +91,7 @@ def test_hidden_states_equal_the_whole_models(policy, questions):
     ids = torch.tensor([tokens.ids])
     with torch.no_grad():
         theirs = policy.model(input_ids=ids, mm_token_type_ids=(ids == policy.image_id).int(), **inputs).logits
-        ours = policy.model.lm_head(policy.hidden([tokens]))
+        ours = policy.model.lm_head(policy.hidden([tokens])[0])
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 

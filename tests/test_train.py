@@ -75,7 +75,7 @@ def test_gradient_is_reinforce_at_ratio_one(trainable, trajectories, advantage):
     whole, stats = gradient(trainable, trajectories, advantage)
     total = 0
     for i, t in enumerate(trajectories):
-        logits = policy.model.lm_head(policy.hidden([t.tokens]))[0, :-1].float()
+        logits = policy.model.lm_head(policy.hidden([t.tokens])[0])[0, :-1].float()
         logits[:, policy.banned] = float("-inf")
         logp = logits.log_softmax(-1).gather(1, torch.tensor(t.tokens.ids[1:])[:, None])[:, 0]
         total = total - advantage[i] * logp[torch.tensor(t.mask[1:])].mean() / len(trajectories)
