@@ -19,6 +19,7 @@ What is left out: weights are not sharded (ZeRO-3), communication does not overl
 
 Run it:  python shard.py                        # 1 and 2 ranks, 1 and 4 micro-batches: the same parameters
 """
+import itertools
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed both. Gloo has the first one too (older torch: NCCL only), so there is one path for both backends.
+# torch 2.13 renamed both; its gloo has both, in bf16 too, so the CPU and NCCL take the same path.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 STATES = ("master", "mean", "square")
@@ -42,16 +43,8 @@ class RankFailed(RuntimeError):
     """Another rank failed or fell silent; the message names it."""
 
 
-@dataclass
-class Group:
-    """What setup() found out; alone, it stays like this."""
-    device: str = "cpu"
-    timeout: timedelta = timedelta(0)
-    store: dist.Store | None = None     # where agree() leaves its notes
-    rounds: int = 0                     # of agree()
-
-
-GROUP = Group()
+DEVICE, TIMEOUT, STORE = "cpu", timedelta(0), None      # setup() fills them in; alone, they stay like this
+ROUND = itertools.count()                               # of agree()
 
 
 def rank() -> int:
@@ -66,24 +59,24 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started; without torchrun, or with one rank, nothing. Returns this rank's device.
 
     timeout: seconds after which waiting for another rank is an error; longer than the slowest rank's longest lone phase."""
-    global GROUP
+    global DEVICE, TIMEOUT, STORE
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        wait = timedelta(seconds=timeout)
-        store, mine, ranks = next(dist.rendezvous("env://", timeout=wait))
-        GROUP = Group(device, wait, dist.PrefixStore("agree", store))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", store),
-                                rank=mine, world_size=ranks, timeout=wait)
+        DEVICE, TIMEOUT = device, timedelta(seconds=timeout)
+        STORE, mine, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", STORE),
+                                rank=mine, world_size=ranks, timeout=TIMEOUT)
     return device
 
 
 def cleanup() -> None:
-    global GROUP
+    """Leave. Belongs into a `finally`: a process that ends with a group on which a collective failed is aborted by gloo."""
+    global STORE
     if dist.is_initialized():
         dist.destroy_process_group()
-    GROUP = Group()
+    STORE = None
 
 
 def agree(error: Exception | str | None = None) -> None:
@@ -91,20 +84,19 @@ def agree(error: Exception | str | None = None) -> None:
 
     Call it before communication. It goes through torchrun's key-value store, so that a silent rank is named as well,
     after the timeout; and a collective that another rank never joins could only time out without a reason."""
-    error = RuntimeError(error) if isinstance(error, str) else error
-    GROUP.rounds += 1
-    if GROUP.store:
-        GROUP.store.set(f"{GROUP.rounds}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
+    error, note = RuntimeError(error) if isinstance(error, str) else error, f"agree/{next(ROUND)}/"
+    if STORE:
+        STORE.set(f"{note}{rank()}", f"{type(error).__name__}: {error}" if error else "")
     if error:
         raise error
-    for note in (f"{GROUP.rounds}/{r}" for r in range(world()) if GROUP.store):
+    for r in range(world()) if STORE else ():
         try:
-            GROUP.store.wait([note], GROUP.timeout)
-            word = GROUP.store.get(note).decode()
-        except RuntimeError:                                # torch's DistStoreError: timeout, or the store itself is gone
-            word = f"silent, waited for up to {GROUP.timeout.total_seconds():.0f} s"
+            STORE.wait([f"{note}{r}"], TIMEOUT)
+            word = STORE.get(f"{note}{r}").decode()
+        except RuntimeError:                                # timeout, or the store itself is gone
+            word = f"silent, waited for up to {TIMEOUT.total_seconds():.0f} s"
         if word:
-            raise RankFailed(f"rank {note.partition('/')[2]} of {world()}: {word}")
+            raise RankFailed(f"rank {r} of {world()}: {word}")
 
 
 @contextmanager
@@ -123,7 +115,7 @@ def all_sum(x: float | Tensor, op: str = "SUM") -> float | Tensor:
     if world() == 1:
         return x
     tensor = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-    total = tensor.to(GROUP.device, copy=True)              # NCCL speaks only of CUDA tensors
+    total = tensor.to(DEVICE, copy=True)                    # NCCL speaks only of CUDA tensors
     dist.all_reduce(total, getattr(dist.ReduceOp, op))
     return total.to(tensor.device) if isinstance(x, Tensor) else total.item()
 
@@ -151,10 +143,11 @@ class Bucket:
     mean: Tensor = None
     square: Tensor = None
     gradient: Tensor = None
-    arriving: Tensor | None = None                          # (N ceil(size / N),) float32, this micro-batch's, not yet sent
-    arrived: set[int] = field(default_factory=set)
+    arriving: Tensor | None = None                          # this micro-batch's gradients, whole, until they are sent
+    arrived: set[int] = field(default_factory=set)          # whose these are
 
-    def flat(self) -> Tensor:
+    def zeros(self) -> Tensor:
+        """(N ceil(size / N),) float32."""
         return torch.zeros(-(-self.size // world()) * world(), device=self.parameters[0].device)
 
 
@@ -177,7 +170,7 @@ class ShardedAdamW:
 
         bucket: elements sent at once (2^25 are 128 MB of float32); a larger parameter has a bucket of its own."""
         self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
-        self.buckets, self.next, self.handles = [Bucket()], 0, []
+        self.buckets, self.handles = [Bucket()], []
         for p in reversed(parameters):                      # about the order in which backward comes by
             last = self.buckets[-1]
             if last.parameters and (last.size + p.numel() > bucket or p.dtype != last.parameters[0].dtype):
@@ -189,7 +182,7 @@ class ShardedAdamW:
             if world() > 1:
                 dist.broadcast(p.detach(), 0)
         for b in self.buckets:
-            whole = b.flat()
+            whole = b.zeros()
             for i, (p, span) in enumerate(zip(b.parameters, b.spans)):
                 whole[span] = p.flatten()
                 self.handles.append(p.register_post_accumulate_grad_hook(partial(self._arrive, b, i)))
@@ -205,17 +198,16 @@ class ShardedAdamW:
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
         self.micro_squares: list[float] = []                # |g|^2 of each of this rank's micro-batches, before any sum
-        self.next, self._square = 0, 0.
         for b in self.buckets:
             b.gradient.zero_()
-            b.arriving, b.arrived = None, set()
+        self._forget()
 
     def _arrive(self, bucket: Bucket, i: int, p: Tensor) -> None:
         """The hook: backward has finished p.grad. Take it, free it, and send the buckets whose turn it is."""
         if i in bucket.arrived:
             raise RuntimeError("a second gradient in one micro-batch: call finish_micro_batch() after each backward()")
         if bucket.arriving is None:
-            bucket.arriving = bucket.flat()
+            bucket.arriving = bucket.zeros()
         bucket.arriving[bucket.spans[i]] = p.grad.flatten()
         bucket.arrived.add(i)
         p.grad = None
@@ -225,7 +217,7 @@ class ShardedAdamW:
     def _send(self) -> None:
         """Reduce-scatter the next bucket; what did not arrive is zero."""
         b = self.buckets[self.next]
-        whole = b.flat() if b.arriving is None else b.arriving
+        whole = b.zeros() if b.arriving is None else b.arriving
         self._square += squared(whole)
         part = whole
         if world() > 1:
@@ -241,9 +233,12 @@ class ShardedAdamW:
             self._send()
         if mine:
             self.micro_squares.append(float(self._square))
+        self._forget()
+
+    def _forget(self) -> None:
         self.next, self._square = 0, 0.
         for b in self.buckets:
-            b.arrived = set()
+            b.arriving, b.arrived = None, set()
 
     def norm(self) -> float:
         """Length of the whole gradient, the same on all ranks."""
@@ -301,8 +296,8 @@ class ShardedAdamW:
         for k, b in enumerate(self.buckets):
             start = rank() * len(b.master)
             for name in STATES:
-                cut_ = cut([s[name][k] for s in states], start, min(start + len(b.master), b.size))
-                getattr(b, name).zero_()[:len(cut_)] = cut_
+                own = cut([s[name][k] for s in states], start, start + len(b.master))
+                getattr(b, name).zero_()[:len(own)] = own   # what is beyond is padding, as is the end of `own`: zeros
         self.zero_grad()
         self._publish()
 
@@ -361,7 +356,10 @@ def launch(function, ranks: int, *arguments) -> None:
 def _child(index: int, function, environment: dict, arguments: tuple) -> None:
     os.environ.update(environment, RANK=str(index), LOCAL_RANK=str(index))
     torch.set_num_threads(1)
-    function(*arguments)
+    try:
+        function(*arguments)
+    finally:
+        cleanup()
 
 
 def demonstrate(micro: int, file: str) -> None:
@@ -378,8 +376,7 @@ def demonstrate(micro: int, file: str) -> None:
             optimiser.finish_micro_batch()
         optimiser.step(1e-3)
     if rank() == 0:
-        torch.save({"parameters": torch.cat([p.detach().flatten() for p in model.parameters()]), "bytes": optimiser.bytes()}, file)
-    cleanup()
+        torch.save([torch.nn.utils.parameters_to_vector(model.parameters()).detach(), optimiser.bytes()], file)
 
 
 if __name__ == "__main__":
@@ -388,8 +385,7 @@ if __name__ == "__main__":
         print("ranks  micro-batches  largest difference from the first row  optimiser's bytes a rank")
         for ranks, micro in ((1, 1), (1, 4), (2, 1), (2, 4)):
             launch(demonstrate, ranks, micro, f"{folder}/{ranks}x{micro}")
-            first, this = (torch.load(f"{folder}/{name}", weights_only=True) for name in ("1x1", f"{ranks}x{micro}"))
-            difference = (this["parameters"] - first["parameters"]).abs().max()
-            print(f"{ranks:5} {micro:14} {difference:38.1e} {this['bytes']:25,}")
-    print("\nGB a rank for the 3.1 billion weights of Qwen2.5-VL-3B's language model in bf16, without activations: "
+            (first, _), (this, size) = (torch.load(f"{folder}/{name}", weights_only=True) for name in ("1x1", f"{ranks}x{micro}"))
+            print(f"{ranks:5} {micro:14} {(this - first).abs().max():38.1e} {size:25,}")
+    print("\nGB a rank for 3.1 billion weights in bf16, Qwen2.5-VL-3B's language model, without activations: "
           + ", ".join(f"{n} ranks {3.1 * (2 + 16 / n):.0f}" for n in (1, 2, 4, 8)))
