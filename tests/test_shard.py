@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
-from shard import (RankFailed, ShardedAdamW, agree, all_sum, cleanup, cut, even, launch, rank, read_shards, setup, squared, together, world)
+from shard import (RankFailed, ShardedAdamW, agree, all_sum, cleanup, cut, even, launch, rank, read_shards, setup, squared,
+                   together, world)
 
-X, Y = torch.randn(24, 5, generator=torch.Generator().manual_seed(1)), torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
+X, Y = torch.randn(24, 8, generator=torch.Generator().manual_seed(1)).split([5, 3], 1)
 SMALL = 20      # elements: several buckets, some with padding, and a parameter larger than a bucket
 
 
@@ -58,8 +59,9 @@ def by_torch(count=3, spare_rows=()):
     optimiser = torch.optim.AdamW(net.parameters(), 1e-2, (.9, .95), weight_decay=.1)
     for _ in range(count):
         optimiser.zero_grad()
-        total = loss(net, list(range(24))) + (loss(net, list(spare_rows), True) - loss(net, list(spare_rows)) if len(spare_rows) else 0)
-        total.backward()
+        loss(net, list(range(24))).backward()
+        if spare_rows:
+            (loss(net, spare_rows, True) - loss(net, spare_rows)).backward()
         for p in net.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), .5).item()
@@ -69,7 +71,8 @@ def by_torch(count=3, spare_rows=()):
 
 def thirds(r):
     """Uneven: rank 0 has three micro-batches, the second with `spare`; rank 1 one; rank 2 none."""
-    return [[(list(range(0, 5)), False), (list(range(5, 9)), True), (list(range(9, 15)), False)], [(list(range(15, 24)), False)], []][r]
+    rows = list(range(24))
+    return [[(rows[:5], False), (rows[5:9], True), (rows[9:15], False)], [(rows[15:], False)], []][r]
 
 
 # ---- what the ranks do; each writes what it saw, the tests below look at it -------------------------------------------
@@ -180,7 +183,7 @@ def test_micro_batches_add_up_and_their_own_norms_are_kept():
 
 
 def test_bf16_updates_are_not_lost():
-    """Weights of 1 in bf16 lie 1/256 apart below 1: 6000 updates of 1e-6 cannot move them one by one, but together they do."""
+    """Below 1, bf16 numbers lie 1/256 apart: 6000 updates of 1e-6 cannot move a weight one by one, but together they do."""
     p = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     optimiser = ShardedAdamW([p])
     shares = []
@@ -213,8 +216,10 @@ def test_tied_weights_have_one_gradient():
 
 
 def test_squared_norm_of_many_elements():
-    """More than 2^24 ones a lane of the CPU's float32 norm would stop counting; expand() costs no memory."""
+    """Ones beyond 2^24, where adding in float32 stops; expand() costs no memory. And values of very different size."""
     assert squared(torch.ones(1).expand(2**28 + 5)).item() == pytest.approx(2**28 + 5, rel=1e-6)
+    x = torch.randn(10**6, generator=torch.Generator().manual_seed(0)) ** 5
+    assert squared(x).item() == pytest.approx(x.double().square().sum().item(), rel=1e-6)
 
 
 def test_cut_is_a_slice_of_the_concatenation():
@@ -245,11 +250,8 @@ def test_ranks_agree_with_torch_and_with_each_other(seen):
 
 def test_uneven_micro_batches_and_unused_parameters_do_not_hang(seen):
     """Three, one and no micro-batches; a layer that only one micro-batch of one rank uses."""
-    if len(seen) == 2:      # the third rank's part is empty, so the two have all rows
-        assert [len(s["uneven squares"]) for s in seen] == [3, 1]
-    else:
-        assert [len(s["uneven squares"]) for s in seen] == [3, 1, 0]
-    reference, norm = by_torch(spare_rows=range(5, 9))
+    assert [len(s["uneven squares"]) for s in seen] == [3, 1, 0][:len(seen)]   # the third's part is empty: two have all rows
+    reference, norm = by_torch(spare_rows=[5, 6, 7, 8])
     for s in seen:
         assert torch.equal(s["uneven"], seen[0]["uneven"]) and (s["uneven"] - reference).abs().max() < 1e-6
         assert s["uneven norm"] == pytest.approx(norm, rel=1e-5)
@@ -263,7 +265,7 @@ def test_bf16_ranks_agree(seen):
 
 def test_shards_shrink(seen):
     """16 bytes a parameter over N, and at most N - 1 elements of padding a bucket."""
-    alone = ours(count=0 + 1)[2]
+    alone = ours(count=1)[2]
     whole = alone.bytes()
     assert whole == 16 * 125 and all(whole <= len(seen) * s["bytes"] < whole + 16 * len(seen) * len(alone.buckets) for s in seen)
 
@@ -297,7 +299,7 @@ def test_resharded_state_is_the_same_numbers(folder):
 
 
 def test_a_mismatch_on_one_rank_is_everybodys_error(seen):
-    assert seen[0]["mismatch"].startswith("ValueError") and "expected rank, world, steps, bucket sizes [0, " in seen[0]["mismatch"]
+    assert seen[0]["mismatch"].startswith("ValueError") and "expected rank, world, steps, bucket sizes" in seen[0]["mismatch"]
     assert all(s["mismatch"].startswith(f"RankFailed rank 0 of {len(seen)}: ValueError") for s in seen[1:])
 
 
@@ -323,6 +325,7 @@ def test_a_failing_or_silent_rank_is_named_in_time(tmp_path):
     """The timeout is 3 s. An error arrives at once; silence, at agree() or in a collective, ends with the timeout."""
     launch(fail, 2, str(tmp_path))
     zero, one = (torch.load(tmp_path / f"fail-{r}", weights_only=True) for r in (0, 1))
-    assert one["failed"] == "MemoryError too many pixels" and zero["failed"] == "RankFailed rank 1 of 2: MemoryError: too many pixels"
-    assert zero["after"] < 2.5 and zero["silent"] == "RankFailed rank 1 of 2: silent, waited for up to 3 s"
-    assert 2.9 < zero["silent after"] < 5 and zero["collective after"] < 6
+    assert one["failed"] == "MemoryError too many pixels"
+    assert zero["failed"] == "RankFailed rank 1 of 2: MemoryError: too many pixels" and zero["after"] < 2.9
+    assert zero["silent"] == "RankFailed rank 1 of 2: silent, waited for up to 3 s" and 2.9 < zero["silent after"] < 6
+    assert zero["collective after"] < 6
