@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from shard import (RankFailed, ShardedAdamW, agree, all_sum, cleanup, cut, even, launch, rank, read_shards, setup, squared,
                    together, world)
@@ -207,7 +208,8 @@ def test_two_backwards_in_one_micro_batch_are_refused():
 def test_tied_weights_have_one_gradient():
     """An embedding that is also the output, recomputed in backward as in policy.py: both parts, once."""
     e = torch.nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
-    f = lambda: torch.utils.checkpoint.checkpoint(lambda h: (h @ e.T).square().sum(), e[torch.tensor([1, 2])], use_reentrant=False)
+    logits = lambda h: (h @ e.T).square().sum()
+    f = lambda: checkpoint(logits, e[torch.tensor([1, 2])], use_reentrant=False)
     expected, = torch.autograd.grad(f(), e)
     optimiser = ShardedAdamW([e])
     f().backward()
