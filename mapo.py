@@ -72,7 +72,8 @@ def coupled_return(r: Tensor, scores: Tensor, looked: Tensor, beta: float, lam: 
 
     A penalty for length (eq. 9) is added to r. Raises ValueError on shapes or options that do not fit."""
     if r.ndim != 1 or scores.shape != looked.shape or len(scores) != len(r):
-        raise ValueError(f"expected r (N,), scores and looked (N, T); found {tuple(r.shape)}, {tuple(scores.shape)}, {tuple(looked.shape)}")
+        raise ValueError(f"expected r (N,), scores and looked (N, T); found {tuple(r.shape)}, {tuple(scores.shape)}, "
+                         f"{tuple(looked.shape)}")
     if not (0 <= beta <= 1 and 0 < lam <= 1 and credit in ("trajectory", "turn")):
         raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory or turn; found {beta}, {lam}, {credit!r}")
     if credit == "turn":
@@ -253,49 +254,45 @@ def scalar_snr(R: Tensor, z: Tensor) -> Tensor:
     return (R[z].mean() - R[~z].mean()).square() / left
 
 
-def returns(model: Looking, beta: float, questions: int = 20_000, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Coupled returns of groups of 8, and whether each look showed the evidence, for scalar_snr."""
-    action, r, s = model.sample((questions * 8,), torch.Generator().manual_seed(seed))
-    return (1 - beta) * r + beta * s, action == 0
-
-
-def policy_gradient(model: Looking, beta: float, questions: int = 20_000, seed: int = 0) -> Tensor:
-    """The policy gradient of each question's group of 8, with eq. 3's advantages: (questions, actions), for snr_of."""
-    action, r, s = model.sample((questions * 8,), torch.Generator().manual_seed(seed))
-    A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), 8, beta)
+def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Coupled returns (N,) of questions x group looks, z (N,), and each group's policy gradient (questions, actions), eq. 3."""
+    action, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
+    A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta)
     phi = torch.eye(round(1 / model.p))[action] - model.p                            # grad of log softmax, (N, actions)
-    return (A[:, None] * phi).view(questions, 8, -1).mean(1)
+    return (1 - beta) * r + beta * s, action == 0, (A[:, None] * phi).view(questions, group, -1).mean(1)
 
 
-def edge(model: Looking, beta: float) -> list[tuple]:
-    """SNR at beta over SNR at 0: predicted, 0 error; measured on returns; on policy gradients (paired samples)."""
-    (R, z), (R_0, _) = returns(model, beta), returns(model, 0.)
-    return [(model.snr(beta) / model.snr(0.), 0.), with_error(lambda a, b, z: scalar_snr(a, z) / scalar_snr(b, z), R, R_0, z),
-            with_error(lambda a, b: snr_of(a) / snr_of(b), policy_gradient(model, beta), policy_gradient(model, 0.))]
+def edge(model: Looking, beta: float, **size) -> tuple[float, tuple, tuple]:
+    """SNR at beta over SNR at 0: eq. 8; measured on returns, with error; on policy gradients, with error. Paired samples."""
+    (R, z, g), (R_0, _, g_0) = sampled(model, beta, **size), sampled(model, 0., **size)
+    return (model.snr(beta) / model.snr(0.), with_error(lambda a, b, z: scalar_snr(a, z) / scalar_snr(b, z), R, R_0, z),
+            with_error(lambda a, b: snr_of(a) / snr_of(b), g, g_0))
 
 
 def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list[tuple]:
-    """Proposition 1: rows (what, predicted, measured, error). Half of the questions are easy: P(r=1) = .5, else .1; .4 more
-    where the look is right, one place of four. So E[r | q] = .6 or .2, and for each question grad E[r] = (.075, -.025 x 3)."""
+    """Proposition 1: rows (what, predicted, measured, error).
+
+        Var(r) = E_q[Var(r | q)] + Var_q(E[r | q]),   E[(r_i - mean r)^2] = (1 - 1/G) E_q[Var(r | q)]        (14, 15)
+
+    Half of the questions are easy: P(r=1) = .5, else .1; .4 more where the look is right, one place of four. So E[r | q]
+    is .6 or .2, and grad E[r | q] = (.075, -.025, -.025, -.025) for both."""
     g = torch.Generator().manual_seed(seed)
     action = torch.randint(0, 4, (questions, group), generator=g)
     base = torch.where(torch.rand(questions, 1, generator=g) < .5, .5, .1)
     r = (torch.rand(questions, group, generator=g) < base + .4 * (action == 0)).float()
     phi, exact = torch.eye(4)[action] - .25, torch.tensor([.075, -.025, -.025, -.025])
-    own_mean = r.mean(1, keepdim=True)
-    others = (r.sum(1, keepdim=True) - r) / (group - 1)                              # the mean without i
+    centred, others = r - r.mean(1, keepdim=True), (r.sum(1, keepdim=True) - r) / (group - 1)     # others: the mean without i
     within, size = r.var(1), exact.square().sum().item()
-    estimate = {"no baseline": r, "mean of the others": r - others, "mean of all": r - own_mean}
+    estimate = {"no baseline": r, "mean of the others": r - others, "mean of all": centred}
     estimate = {k: (A[..., None] * phi).mean(1) for k, A in estimate.items()}
-    noise_1 = (.2 * .75 - size) / 4                       # of a U-statistic of pairs (Hoeffding), zeta_1 ...
-    noise_2 = .5 * .315 - size                            # ... zeta_2: .315 = P(two of a group differ in r and in place)
-    paired = size * group * (group - 1) / (4 * (group - 2) * noise_1 + 2 * noise_2)
+    one, two = (.2 * .75 - size) / 4, .5 * .315 - size    # Hoeffding's zeta of pairs; .315 = P(two differ in r and in place)
+    paired = size * group * (group - 1) / (4 * (group - 2) * one + 2 * two)
     snr = {"no baseline": size * group / (.4 * .75 - size), "mean of the others": paired, "mean of all": paired}
     mean = torch.Tensor.mean
     return [("Var(r)", .24, *with_error(mean, (r - .4).square().mean(1))),
             ("  within questions, E_q[Var(r | q)]", .20, *with_error(mean, within)),
             ("  between questions, Var_q(E[r | q])", .04, *with_error(mean, (r - .4).square().mean(1) - within)),
-            ("left after the group's mean, eq. 15", .20 * (1 - 1 / group), *with_error(mean, (r - own_mean).square().mean(1))),
+            ("left after the group's mean, eq. 15", .20 * (1 - 1 / group), *with_error(mean, centred.square().mean(1))),
             *((f"gradient / exact one, {k}", 1 - 1 / group if k == "mean of all" else 1.,
                *with_error(lambda x: x.mean(0) @ exact / size, x)) for k, x in estimate.items()),
             *((f"gradient's SNR, {k}", snr[k], *with_error(snr_of, x)) for k, x in estimate.items())]
@@ -303,8 +300,11 @@ def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list
 
 def credit_effect(model: Looking = Looking(), turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
                   seed: int = 0) -> list[tuple]:
-    """Proposition 3 on three looks, each with its own z: for turn t the rows (what, predicted, measured, error) of the
-    part of S that z_t moves, and of its SNR, with the whole trajectory's score and with turn_score's, the looks from t on."""
+    """Proposition 3 on three looks, each with its own z. With w_t = lam^(T-t) and V = v_s + p (1-p) Ds^2, any look's variance,
+
+        SNR_t = (w_t Ds)^2 / (w_t^2 v_s + sum_u w_u^2 V),   u over the other looks, or only over those after t       (16)
+
+    Rows (what; what z_t moves of S: predicted, measured, error; SNR_t: the same; the gradient's SNR: measured, error)."""
     place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
     looked, rows = torch.ones_like(s, dtype=torch.bool), []
     _, d_s, _, v_s, _ = model.moments
@@ -384,13 +384,13 @@ def report() -> None:
                         "shared noise, c/v_r = .5": Looking(shared=.5), "shared noise, c/v_r = 1": Looking(shared=1.)}.items():
         never = f"{model.break_even:10.3f}" if model.break_even < 1 else "     never"
         print(f"   {name:27}eq. 8   " + "".join(f"{model.snr(b):8.3f}" for b in betas) + f"{'':10}{model.best_beta:8.3f}{never}")
-        for kind, cells in (("returns ", [with_error(scalar_snr, *returns(model, b)) for b in betas]),
-                            ("gradient", [with_error(snr_of, policy_gradient(model, b)) for b in betas])):
+        samples = [sampled(model, b) for b in betas]
+        for kind, cells in (("returns ", [with_error(scalar_snr, R, z) for R, z, _ in samples]),
+                            ("gradient", [with_error(snr_of, g) for _, _, g in samples])):
             print(f"{'':30}{kind}" + "".join(f"{value:8.3f}" for value, _ in cells) + f"{max(e for _, e in cells):10.3f}")
-    ratios = edge(Looking(sd=.6), Looking(sd=.6).break_even)
-    print(f"   Ds/Dr = {.5 / .65:.3f}: shared noise below it leaves a small b useful, above it does not."
-          f"\n   noisy score at its break-even, SNR over SNR at b=0: eq. 8 {ratios[0][0]:.3f}, "
-          + ", ".join(f"{name} {value:.3f} ± {error:.3f}" for name, (value, error) in zip(("returns", "gradient"), ratios[1:])))
+    predicted, (R, R_error), (g, g_error) = edge(Looking(sd=.6), Looking(sd=.6).break_even)
+    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n   noisy score at its break-even, "
+          f"SNR over SNR at b=0: eq. 8 {predicted:.3f}, returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
 
     print(f"\n   aim: cosine with grad E[r]{'':12}{head} ± at most")
     for vague in (None, .2, .425, .95):
@@ -404,22 +404,24 @@ def report() -> None:
     for what, moved, m, m_error, snr, n, n_error, g, g_error in credit_effect():
         print(f"   {what:30}{moved:12.4f}{m:9.4f} ± {m_error:.4f}{snr:11.3f}{n:9.3f} ± {n_error:.3f} {g:10.3f} ± {g_error:.3f}")
 
-    print("\n   turns by choice: grad of           going on            looking well\n   exact gradient of E[R]               0.0250              0.0750")
+    print(f"\n   turns by choice: gradient of{'':16}going on{'':20}looking well\n{'':33}exact      sampled{'':13}exact      sampled")
+    print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")     # chance (1 - chance) x what the choice gains
     for baseline in ("whole trajectory", "reward per turn", "return per turn"):
         (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
-        print(f"   less the mean of {baseline:18}" + "".join(f"{x:8.4f} ({v:7.4f} ± {e:.4f})" for x, v, e in zip(exact, value, error)))
-    print("   looks by choice, exact: grad of    a second look       a third look")
+        print(f"   mean of {baseline:19}" + "".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}  " for x, v, e in zip(exact, value, error)))
+    print("   looks by choice: gradient of      a second look, a third look; exact")
     for name, credit in (("S, whole trajectory", "trajectory"), ("turn_score, --credit turn", "turn")):
-        print(f"   {name:32}" + "".join(f"{x:10.4f}          " for x in going_on(credit)))
+        print(f"   {name:27}{going_on(credit)[0]:8.4f}{going_on(credit)[1]:15.4f}")
 
     print(f"\nluck: SNR at b=.4 over SNR at b=0{'':10}p(1-p) SNR:                 b=.4 over b=0\n"
           f"   k options   SNR(0) SNR(.4)         b=0    b=.4    eq. 8   returns    error gradient    error  best b  eq. 8 there")
-    for k in (2, 4, 8, 0):
-        model = Looking(rho=1 / k if k else 0., eps=.05, mu=(.17, .64), sd=.06 ** .5)
-        (predicted, _), *measured = edge(model, .4)
-        print(f"   {k or 'open':<9}{model.snr(0):9.3f}{model.snr(.4):8.3f}{.1875 * model.snr(0):12.2f}{.1875 * model.snr(.4):8.2f}{predicted:9.2f}"
+    for k, luck in (2, 1 / 2), (4, 1 / 4), (8, 1 / 8), ("open", .001):
+        model = Looking(rho=luck, eps=.05, mu=(.17, .64), sd=.06 ** .5)
+        predicted, *measured = edge(model, .4)
+        plain, coupled = model.snr(0), model.snr(.4)
+        print(f"   {k:<9}{plain:9.3f}{coupled:8.3f}{.1875 * plain:12.2f}{.1875 * coupled:8.2f}{predicted:9.2f}"
               + "".join(f"{value:10.3f} ± {error:.3f}" for value, error in measured)
-              + f"{model.best_beta:8.2f}{model.snr(model.best_beta) / model.snr(0):8.2f}")
+              + f"{model.best_beta:8.2f}{model.snr(model.best_beta) / plain:8.2f}")
 
 
 if __name__ == "__main__":
