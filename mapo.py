@@ -87,7 +87,7 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
 
     credit "trajectory": (N,), eq. 1 to 3. "turn": (N, T), the score part from turn t on; mean and std stay those of
     whole trajectories, because a baseline per turn index would depend on when the policy stops, and be biased.
-    std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError on shapes or options that do not fit."""
+    std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError as coupled_return does."""
     if group < 1 or len(r) % group:
         raise ValueError(f"expected a multiple of group={group} trajectories, found {len(r)}")
     R = coupled_return(r, scores, looked, beta, lam)                            # (N,) eq. 2
@@ -389,7 +389,7 @@ def report() -> None:
                             ("gradient", [with_error(snr_of, g) for _, _, g in samples])):
             print(f"{'':30}{kind}" + "".join(f"{value:8.3f}" for value, _ in cells) + f"{max(e for _, e in cells):10.3f}")
     predicted, (R, R_error), (g, g_error) = edge(Looking(sd=.6), Looking(sd=.6).break_even)
-    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n   noisy score at its break-even, "
+    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n   noisy score at break-even, "
           f"SNR over SNR at b=0: eq. 8 {predicted:.3f}, returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
 
     print(f"\n   aim: cosine with grad E[r]{'':12}{head} ± at most")
@@ -408,7 +408,7 @@ def report() -> None:
     print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")     # chance (1 - chance) x what the choice gains
     for baseline in ("whole trajectory", "reward per turn", "return per turn"):
         (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
-        print(f"   mean of {baseline:19}" + "".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}  " for x, v, e in zip(exact, value, error)))
+        print(f"   mean of {baseline:19}" + "  ".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}" for x, v, e in zip(exact, value, error)))
     print("   looks by choice: gradient of      a second look, a third look; exact")
     for name, credit in (("S, whole trajectory", "trajectory"), ("turn_score, --credit turn", "turn")):
         print(f"   {name:27}{going_on(credit)[0]:8.4f}{going_on(credit)[1]:15.4f}")
