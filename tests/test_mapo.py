@@ -164,7 +164,7 @@ def test_dynamic_sampling_keeps_what_teaches():
     none, looked = torch.zeros(9, 1), torch.ones(9, 1, dtype=torch.bool)
     r = torch.tensor([1., 1, 1, 0, 0, 0, 0, 1, 0])
     assert mapo.has_signal(mapo.coupled_return(r, none, looked, 0.), 3).tolist() == [F, F, T]
-    assert mapo.has_signal(torch.full((4,), 1 / 3), 4).tolist() == [F]
+    assert mapo.has_signal(torch.tensor([.3, .3 + 3e-8]), 2).tolist() == [F]
     s = none.clone()
     s[3] = .5  # one of the wrong answers looked well
     assert mapo.has_signal(mapo.coupled_return(r, s, looked, .4), 3).tolist() == [F, T, T]
@@ -419,12 +419,14 @@ def test_proposition_3_predicted_and_measured():
 def test_baselines_per_turn_index_are_biased():
     """Exact gradient: .25 x (.6 - .5) for going on, .5 x .25 x (.9 - .3) for looking well. The whole trajectory's mean
     only shortens it, by 3/4 in a group of four. Rewards centred turn by turn never pay for going on: its sign flips.
-    Returns centred turn by turn change the direction, since few reach the second turn."""
+    Returns centred turn by turn change the direction, since few reach the second turn; less so in larger groups."""
     exact = torch.tensor([.025, .075])
     assert torch.allclose(mapo.stopping("whole trajectory")[0], .75 * exact)
     assert mapo.stopping("reward per turn")[0][0] < -.05
     turned = mapo.stopping("return per turn")[0]
     assert turned[0].item() == pytest.approx(.75 * .025) and turned[1] < .6 * .075
+    larger = mapo.stopping("return per turn", group=8)[0]
+    assert turned[1] / turned[0] < larger[1] / larger[0] < 3 and mapo.stopping("reward per turn", group=8)[0][0] < -.09375
     for baseline in ("whole trajectory", "reward per turn", "return per turn"):
         measured, error = mapo.stopping(baseline, questions=20_000)
         assert ((measured - mapo.stopping(baseline)[0]).abs() < 4 * error).all()
