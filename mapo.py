@@ -389,8 +389,8 @@ def report() -> None:
                             ("gradient", [with_error(snr_of, g) for _, _, g in samples])):
             print(f"{'':30}{kind}" + "".join(f"{value:8.3f}" for value, _ in cells) + f"{max(e for _, e in cells):10.3f}")
     predicted, (R, R_error), (g, g_error) = edge(Looking(sd=.6), Looking(sd=.6).break_even)
-    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n   noisy score at break-even, "
-          f"SNR over SNR at b=0: eq. 8 {predicted:.3f}, returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
+    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n"
+          f"   noisy score at break-even, SNR over SNR at b=0: eq. 8 {predicted:.3f}, returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
 
     print(f"\n   aim: cosine with grad E[r]{'':12}{head} ± at most")
     for vague in (None, .2, .425, .95):
@@ -404,8 +404,9 @@ def report() -> None:
     for what, moved, m, m_error, snr, n, n_error, g, g_error in credit_effect():
         print(f"   {what:30}{moved:12.4f}{m:9.4f} ± {m_error:.4f}{snr:11.3f}{n:9.3f} ± {n_error:.3f} {g:10.3f} ± {g_error:.3f}")
 
-    print(f"\n   turns by choice: gradient of{'':16}going on{'':20}looking well\n{'':33}exact      sampled{'':13}exact      sampled")
-    print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")     # chance (1 - chance) x what the choice gains
+    print(f"\n   turns by choice: gradient of{'':16}going on{'':20}looking well\n"
+          f"{'':33}exact      sampled{'':13}exact      sampled")                        # chance (1 - chance) x what the choice gains:
+    print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")
     for baseline in ("whole trajectory", "reward per turn", "return per turn"):
         (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
         print(f"   mean of {baseline:19}" + "  ".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}" for x, v, e in zip(exact, value, error)))
