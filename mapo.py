@@ -308,7 +308,7 @@ def credit_effect(model: Looking = Looking(), turns: int = 3, lam: float = .95, 
     place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
     looked, rows = torch.ones_like(s, dtype=torch.bool), []
     _, d_s, _, v_s, _ = model.moments
-    other, w = v_s + model.p * (1 - model.p) * d_s ** 2, [lam ** (turns - 1 - t) for t in range(turns)]    # Var(s) of another look
+    other, w = v_s + model.p * (1 - model.p) * d_s ** 2, [lam ** (turns - 1 - t) for t in range(turns)]      # other: V
     S, to_go = trajectory_score(s, looked, lam)[:, None].expand(-1, turns), turn_score(s, looked, lam)
     moved = lambda R, z: R[z].mean() - R[~z].mean()
     for t in range(turns):
@@ -390,7 +390,8 @@ def report() -> None:
             print(f"{'':30}{kind}" + "".join(f"{value:8.3f}" for value, _ in cells) + f"{max(e for _, e in cells):10.3f}")
     predicted, (R, R_error), (g, g_error) = edge(Looking(sd=.6), Looking(sd=.6).break_even)
     print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n"
-          f"   noisy score at break-even, SNR over SNR at b=0: eq. 8 {predicted:.3f}, returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
+          f"   noisy score at break-even, SNR over SNR at b=0: eq. 8 {predicted:.3f}, "
+          f"returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
 
     print(f"\n   aim: cosine with grad E[r]{'':12}{head} ± at most")
     for vague in (None, .2, .425, .95):
@@ -405,7 +406,8 @@ def report() -> None:
         print(f"   {what:30}{moved:12.4f}{m:9.4f} ± {m_error:.4f}{snr:11.3f}{n:9.3f} ± {n_error:.3f} {g:10.3f} ± {g_error:.3f}")
 
     print(f"\n   turns by choice: gradient of{'':16}going on{'':20}looking well\n"
-          f"{'':33}exact      sampled{'':13}exact      sampled")                        # chance (1 - chance) x what the choice gains:
+          f"{'':33}exact      sampled{'':13}exact      sampled")
+    # of a choice: the chance to come to it x chance (1 - chance) x what it gains
     print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")
     for baseline in ("whole trajectory", "reward per turn", "return per turn"):
         (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
@@ -426,6 +428,7 @@ def report() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)    # the tensors are small: more threads only wait for each other
     stories = ["looked well, right", "looked well, misread", "looked badly, lucky", "looked badly, wrong", "never looked, lucky"]
     r = torch.tensor([1., 0, 1, 0, 1])
     scores = torch.tensor([[.9, .9], [.9, .9], [.1, .1], [.1, .1], [0, 0]])
