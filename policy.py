@@ -11,8 +11,10 @@ over temperature with image placeholders banned, so that the ratio of new to old
 
 Run it:  python policy.py            # loads tiny/, samples, recomputes, and prints the largest difference
 """
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,10 @@ def causal(mask: Tensor, new: int) -> Tensor:
     return ((mask[:, None] & (column < query)) | (column == query))[:, None]
 
 
+def recomputed(forward: Callable, *args, **kwargs):
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+
 def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
     """(B, V) -> a token for each row (B,), by inverting the distribution function: torch.multinomial would draw B x V
     random numbers. u > 0, so that a token of probability 0 is never drawn."""
@@ -102,12 +108,26 @@ class Policy:
         self.resolution = Resolution(self.processor.patch_size * merge, size["shortest_edge"], size["longest_edge"])
         system = self.path / "system_prompt.txt"  # our own models bring theirs; others get the one in tools.py
         self.system_prompt = system.read_text(encoding="utf-8") if system.is_file() else SYSTEM_PROMPT
+        self.value_head: torch.nn.Linear | None = None  # only PPO has one
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         vision = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
         self.banned = torch.tensor([i for t, i in self.tokenizer.get_added_vocab().items() if t in vision], device=device)
         pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # may be larger than the tokenizer's
         self.closes = torch.tensor([">" in (p or "") for p in pieces] + [False] * (vocabulary - len(pieces)), device=device)
+
+    def add_value_head(self) -> None:
+        """V(state), a linear map of the hidden state from which the next token is chosen, for PPO. It starts at 0, reads the
+        policy's hidden states without gradient, and so never disturbs the policy."""
+        self.value_head = torch.nn.Linear(self.model.get_input_embeddings().embedding_dim, 1, device=self.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+
+    def recompute_layers(self) -> None:
+        """Activation checkpointing: backward computes each layer of the language model again, and none is stored.
+        (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
+        for layer in self.language.layers:
+            layer.forward = functools.partial(recomputed, layer.forward)
 
     # ---- text and images -> Tokens -----------------------------------------------------------------------------
 
@@ -202,8 +222,9 @@ class Policy:
         return F.log_softmax(logits.index_fill(-1, self.banned, float("-inf")), -1)
 
     def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 2048,
-                 prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the tokens where a row's mask is true, and the entropies there, each (B, L - 1).
+                 prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the tokens where a row's mask is true, the entropies there, and the values of the states in
+        which they were chosen (0 without a value head), each (B, L - 1).
 
         Column t speaks of token t + 1; everything else is 0. Logits exist only at masked positions, `chunk` at a
         time, and are computed again in the backward pass, so memory never holds (B, L, V). `prompts`: how each row
@@ -227,8 +248,9 @@ class Policy:
         pieces = [checkpoint(piece, h, y, use_reentrant=False) if torch.is_grad_enabled() else piece(h, y)
                   for h, y in zip(own_hidden.split(chunk), targets.split(chunk))]
         logp, entropy = (torch.cat(p) for p in zip(*pieces))
+        values = self.value_head(own_hidden.detach().float())[:, 0] if self.value_head else torch.zeros_like(logp)
         zeros = torch.zeros(own.shape, device=self.device)
-        return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy)
+        return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy), zeros.masked_scatter(own, values)
 
     # ---- the frozen model as an encoder ------------------------------------------------------------------------
 
@@ -389,7 +411,7 @@ if __name__ == "__main__":
     policy = Policy(sys.argv[1] if len(sys.argv) > 1 else "tiny")
     trajectories = collect(policy, world_questions(World(), 0, "test", 0, 8), group=4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logp, entropy = policy.logprobs([t.tokens for t in trajectories], [t.mask for t in trajectories])
+        logp, *_ = policy.logprobs([t.tokens for t in trajectories], [t.mask for t in trajectories])
     worst = max(abs(logp[i, k - 1].item() - t.logps[k]) for i, t in enumerate(trajectories) for k in range(len(t.mask)) if t.mask[k])
     print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, sees {policy.resolution.size(768, 768)} of 768 x 768 pixels")
     print(f"{len(trajectories)} trajectories, {sum(sum(t.mask) for t in trajectories)} tokens of the agent, 1 to "

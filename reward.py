@@ -16,6 +16,7 @@ Run it:  python reward.py            # labels x crops of one image, and how well
 """
 import argparse
 import re
+from typing import Callable
 
 import numpy as np
 import torch
@@ -68,12 +69,12 @@ def format_reward(trajectory: Trajectory) -> float:
 class Scorer:
     """Eq. 5 to 7 with a frozen policy as the encoder. Labels are embedded once and remembered."""
 
-    def __init__(self, policy: Policy, questions: list[Question], per_question: int = 2):
-        """Reference crops are cut from these questions' images at random, with sides of 1/8 to 1/2 of the image (so they
-        need no annotation)."""
+    def __init__(self, policy: Policy, questions: list[Question] | None = None, per_question: int = 2):
+        """Reference crops are cut from these questions' images (None: 64 of the embedded world) at random, with sides of
+        1/8 to 1/2 of the image (so they need no annotation)."""
         self.policy, self.labels = policy, {}
         rng, crops = np.random.default_rng(0), []
-        for question in questions:
+        for question in questions or world_questions(World(), 0, "train", 10**6, 64):
             image = question.open()
             seen = policy.resolution.size(*image.size)
             for _ in range(per_question):
@@ -99,7 +100,9 @@ class Scorer:
 
     def matrix(self, labels: list[str], crops: list[Tokens], paired: bool = False) -> Tensor:
         """Every label against every crop (labels, crops), or, `paired`, only label i against crop i (N,)."""
-        text, image = self.embed_labels(labels), self.policy.embed(crops)
+        distinct = list({id(crop): crop for crop in crops}.values())                 # many looks share a crop
+        place = {id(crop): i for i, crop in enumerate(distinct)}
+        text, image = self.embed_labels(labels), self.policy.embed(distinct)[[place[id(crop)] for crop in crops]]
         cosine = (text * image).sum(-1) if paired else text @ image.T                # eq. 5
         reference = text @ self.references.T                                         # (N, K)
         mean, std = reference.mean(1), reference.std(1) + 1e-4
@@ -108,15 +111,23 @@ class Scorer:
 
 
 def score(trajectories: list[Trajectory], scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:
-    """Outcomes r (N,), semantic scores s (N, T) and looked (N, T): did turn t look? Also writes each turn's score."""
+    """Write each look's semantic score into its turn; returns `rewards`."""
+    looks = [turn for t in trajectories for turn in t.turns if turn.crop_tokens]
+    if looks:
+        for turn, value in zip(looks, scorer([turn.call.label for turn in looks], [turn.crop_tokens for turn in looks]).tolist()):
+            turn.score = value
+    return rewards(trajectories)
+
+
+def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
+    """Outcomes r (N,), semantic scores s (N, T) and looked (N, T): was turn t a look that was scored?"""
     r = torch.tensor([outcome(t.question, t.answer) for t in trajectories])
     turns = max(len(t.turns) for t in trajectories)
     s, looked = torch.zeros(len(trajectories), turns), torch.zeros(len(trajectories), turns, dtype=torch.bool)
-    looks = [(i, k, turn) for i, t in enumerate(trajectories) for k, turn in enumerate(t.turns) if turn.crop_tokens]
-    if looks:
-        values = scorer([turn.call.label for *_, turn in looks], [turn.crop_tokens for *_, turn in looks])
-        for (i, k, turn), value in zip(looks, values.tolist()):
-            turn.score, s[i, k], looked[i, k] = value, value, True
+    for i, trajectory in enumerate(trajectories):
+        for k, turn in enumerate(trajectory.turns):
+            if turn.score is not None:
+                s[i, k], looked[i, k] = turn.score, True
     return r, s, looked
 
 
@@ -133,10 +144,13 @@ def grounded(trajectory: Trajectory) -> bool:
     return all(any(shows(turn.box, box) for turn in trajectory.looks) for box in trajectory.question.boxes)
 
 
-def measure(trajectories: list[Trajectory]) -> dict[str, float | None]:
-    """Shares and means over trajectories: accuracy; calls (looks a trajectory); valid (turns without error); hit (all
+def measure(trajectories: list[Trajectory], total: Callable[[float], float] = lambda x: x) -> dict[str, float | None]:
+    """Shares and means over trajectories (of all ranks, if `total` sums over them): accuracy; calls (looks a trajectory); valid (turns without error); hit (all
     evidence shown); gap (looks that are astray); lucky (right answers without a hit); semantic (mean score of looks)."""
-    mean = lambda values: float(np.mean(values)) if len(values) else None
+    def mean(values: list) -> float | None:
+        top, bottom = total(float(sum(values))), total(float(len(values)))
+        return top / bottom if bottom else None
+
     right = [bool(outcome(t.question, t.answer)) for t in trajectories]
     known = [i for i, t in enumerate(trajectories) if t.question.boxes]
     hits = {i: grounded(trajectories[i]) for i in known}

@@ -5,15 +5,16 @@ What it teaches: the whole loop of agentic RL on one page, nothing hidden in a f
     1. sample `group` trajectories for each of `questions` questions           rollout.py
     2. outcome r, and the semantic score s of every look                       reward.py, frozen base model
     3. couple both in the return, normalise in the group                       mapo.py
-    4. accumulate the clipped loss over micro-batches, clip, AdamW             here
+    4. accumulate the clipped loss over micro-batches and ranks, AdamW         here, shard.py
 
-What is left out: no KL penalty and no reference policy in the loss (kl is measured, not punished), no value network,
-no asynchronous sampling; the vision tower stays frozen, so that each image is encoded once and serves sampling,
-training and the semantic score.
+What is left out: no KL penalty and no reference policy in the loss (kl is measured, not punished), no asynchronous
+sampling; the vision tower stays frozen, so that each image is encoded once and serves sampling, training and the
+semantic score.
 
-Run it:  python train.py                       # MAPO on the embedded agent
-         python train.py --algo grpo           # the same without the semantic score
-         python train.py --help                # every setting
+Run it:  python train.py                                     # MAPO on the embedded agent
+         python train.py --algo grpo                         # the same without the semantic score
+         torchrun --nproc-per-node 2 train.py                # two processes share the questions
+         python train.py --help                              # every setting
 """
 import os
 
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not 
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -35,10 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mapo
+import shard
 from data import DataError, Question, World, read_jsonl, world_questions
-from eval import evaluate, record, table, wilson
+from eval import evaluate, record, wilson
 from policy import Policy
-from reward import Scorer, format_reward, measure, score
+from reward import Scorer, format_reward, measure, rewards, score
 from rollout import Trajectory, collect, film_strip, stack
 
 
@@ -59,6 +62,8 @@ class Config:
     max_tokens: int = dataclasses.field(default=64, metadata={"help": "tokens a turn"})
     temperature: float = dataclasses.field(default=1., metadata={"help": "of sampling, and of the trained distribution"})
     lr: float = dataclasses.field(default=1.5e-4, metadata={"help": "peak learning rate; 5 steps of warm-up, then constant"})
+    critic_lr: float = dataclasses.field(default=1e-2, metadata={"help": "of PPO's value head, a linear map of hidden states"})
+    clip: float = dataclasses.field(default=1., metadata={"help": "scales the algorithm's clip range"})
     updates: int = dataclasses.field(default=1, metadata={"help": "optimiser steps on each batch of trajectories"})
     micro_tokens: int = dataclasses.field(default=6144, metadata={"help": "padded tokens a micro-batch"})
     grad_clip: float = dataclasses.field(default=1., metadata={"help": "largest gradient norm"})
@@ -69,6 +74,9 @@ class Config:
     save_every: int = dataclasses.field(default=50, metadata={"help": "steps between checkpoints"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of questions and sampling"})
     device: str = dataclasses.field(default="cpu", metadata={"help": "cpu or cuda"})
+    dtype: str = dataclasses.field(default="float32", metadata={"help": "of the weights, float32 or bfloat16; the optimiser is float32"})
+    recompute: bool = dataclasses.field(default=False, metadata={"help": "activation checkpointing: less memory, a third more time"})
+    timeout: float = dataclasses.field(default=1800., metadata={"help": "seconds to wait for another rank before it is an error"})
     threads: int = dataclasses.field(default=1, metadata={"help": "CPU threads"})
     resume: bool = dataclasses.field(default=False, metadata={"help": "continue from the newest checkpoint in --out"})
 
@@ -81,11 +89,73 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     config = Config(**vars(parser.parse_args(arguments)))
     if config.algo not in mapo.ALGORITHMS:
         parser.error(f"--algo: expected one of {', '.join(mapo.ALGORITHMS)}, found {config.algo!r}")
+    if config.dtype not in ("float32", "bfloat16"):
+        parser.error(f"--dtype: expected float32 or bfloat16, found {config.dtype!r}")
     if config.group < 2 or config.questions < 1 or config.steps < 1 or config.updates < 1:
         parser.error("--group must be at least 2 (a group of one has no baseline); --questions, --steps, --updates at least 1")
     config.beta = mapo.ALGORITHMS[config.algo].beta if config.beta < 0 else config.beta
     config.out = config.out or f"runs/{config.algo}"
     return config
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+def draw(policy: Policy, scorer: Scorer, stream: "Questions", step: int, config: Config, row: mapo.Algorithm,
+         generator: torch.Generator) -> tuple[list[Trajectory], list[Trajectory]]:
+    """This rank's trajectories of a step, scored: those to learn from, and all that were sampled.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out and others drawn in their
+    place, `max_draws` times at most; if no group has a signal, the last ones are returned."""
+    kept, sampled = [], []
+    for number in range(row.max_draws):
+        missing = config.questions // shard.world() - len(kept) // config.group
+        part = collect(policy, stream(step, number)[shard.rank()::shard.world()][:missing], config.group, config.max_turns,
+                       config.max_tokens, config.temperature, generator)
+        score(part, scorer)
+        sampled += part
+        signal = mapo.has_signal(mapo.coupled_return(*rewards(part), config.beta, config.lam), config.group)
+        kept += [t for i, t in enumerate(part) if row.max_draws == 1 or signal[i // config.group]]
+        if len(kept) == len(sampled) or len(kept) // config.group == config.questions // shard.world():
+            break
+    return kept or part, sampled
+
+
+def advantages(policy: Policy, trajectories: list[Trajectory], config: Config,
+               row: mapo.Algorithm) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Advantage of each token (N, L - 1); column t speaks of token t + 1. With a critic also (old values, targets)."""
+    r, s, looked = rewards(trajectories)
+    if config.format_weight:
+        r = (1 - config.format_weight) * r + config.format_weight * torch.tensor([format_reward(t) for t in trajectories])
+    if row.overlong:
+        limit = config.max_turns * config.max_tokens
+        r = r + mapo.overlong_penalty(torch.tensor([sum(t.mask) for t in trajectories]), limit, round(row.overlong * limit))
+    if not row.critic:
+        return spread(mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit, row.std), trajectories), None
+    mask = pad([t.mask for t in trajectories], False)
+    values = torch.zeros(mask.shape)
+    with torch.no_grad():
+        for batch in micro_batches(trajectories, list(range(len(trajectories))), config.micro_tokens):
+            part = own_logprobs(policy, [trajectories[i] for i in batch], config)[2]
+            values[batch, :part.shape[1]] = part.cpu()
+    advantage, target = mapo.gae(payments(trajectories, r, s, looked, config), values, mask)
+    count, total, squares = (shard.all_sum(x.sum().item()) for x in (mask, advantage, advantage.square()))
+    mean = total / count                                                          # PPO's code whitens them over the batch
+    return (advantage - mean) / math.sqrt(max(squares / count - mean ** 2, 1e-12)), (values, target)
+
+
+def payments(trajectories: list[Trajectory], r: Tensor, s: Tensor, looked: Tensor, config: Config) -> Tensor:
+    """The return as rewards of tokens (N, L - 1), for GAE: all of it at the last token, or, with --credit turn, each look's
+    share of S at the end of its turn. A trajectory's payments sum to its R."""
+    longest = max(len(t.mask) for t in trajectories)
+    paid = torch.zeros(len(trajectories), longest)
+    weight = mapo.look_weights(looked, config.lam)
+    shares = config.beta * s * weight / weight.sum(1, keepdim=True).clamp(min=1e-8)          # (N, T)
+    for i, trajectory in enumerate(trajectories):
+        ends = [turn.tokens.stop - 1 for turn in trajectory.turns]
+        paid[i, ends[-1]] = (1 - config.beta) * r[i]
+        for k, end in enumerate(ends):
+            paid[i, end if config.credit == "turn" else ends[-1]] += shares[i, k]
+    return paid[:, 1:]
 
 
 def spread(values: Tensor, trajectories: list[Trajectory]) -> Tensor:
@@ -98,6 +168,17 @@ def spread(values: Tensor, trajectories: list[Trajectory]) -> Tensor:
         for k, turn in enumerate(trajectory.turns):
             tokens[i, turn.tokens] = values[i, k]
     return tokens[:, 1:]
+
+
+def pad(rows: list[list], fill) -> Tensor:
+    """Lists over tokens -> (N, L - 1), from the second token on."""
+    longest = max(map(len, rows))
+    return torch.tensor([row[1:] + [fill] * (longest - len(row)) for row in rows])
+
+
+def own_logprobs(policy: Policy, trajectories: list[Trajectory], config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    return policy.logprobs([t.tokens for t in trajectories], [t.mask for t in trajectories], config.temperature,
+                           prompts=[t.prompt for t in trajectories])
 
 
 def micro_batches(trajectories: list[Trajectory], rows: list[int], limit: int) -> list[list[int]]:
@@ -118,57 +199,61 @@ def micro_batches(trajectories: list[Trajectory], rows: list[int], limit: int) -
     return batches
 
 
-def accumulate(policy: Policy, parameters: list[Tensor], trajectories: list[Trajectory], advantage: Tensor, config: Config,
-               row: mapo.Algorithm) -> dict[str, float]:
-    """Gradient of the loss over all trajectories, left in `.grad` (float32). Returns statistics of the same sum.
+def accumulate(policy: Policy, optimisers: list[shard.ShardedAdamW], trajectories: list[Trajectory], advantage: Tensor,
+               config: Config, row: mapo.Algorithm, critic: tuple[Tensor, Tensor] | None = None) -> dict[str, float | None]:
+    """Gradient of the loss over all trajectories of all ranks, left in the optimisers. Returns statistics of the same sum.
 
-    The weights of all tokens are fixed before the first backward, so that the micro-batches' gradients simply add up.
-    A trajectory with advantage 0 everywhere has no gradient and is skipped (but counted)."""
-    longest = max(len(t.mask) for t in trajectories)
-    pad = lambda rows, fill: torch.tensor([r[1:] + [fill] * (longest - len(r)) for r in rows])
+    advantage and the critic's (old values, targets): (N, L - 1). The weights of all tokens are fixed before the first
+    backward, so the micro-batches' gradients simply add up, on any number of ranks. A trajectory with advantage 0
+    everywhere has no gradient and is skipped (but counted)."""
     mask, old = pad([t.mask for t in trajectories], False), pad([t.logps for t in trajectories], 0.)
-    weight, advantage = mapo.token_weights(mask, row.mean), spread(advantage, trajectories)          # (N, L - 1) each
-    total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    stats = {"loss": 0., "kl": 0., "clip_fraction": 0., "entropy": 0.}
-    micro_norms, shares = [], []
-    rows = [i for i in range(len(trajectories)) if (advantage[i] * mask[i]).any()]
-    for batch in micro_batches(trajectories, rows, config.micro_tokens):
-        logp, entropy = policy.logprobs([trajectories[i].tokens for i in batch], [trajectories[i].mask for i in batch],
-                                        config.temperature, prompts=[trajectories[i].prompt for i in batch])
-        piece = [x[batch, :logp.shape[1]].to(policy.device) for x in (old, advantage, weight)]
-        loss, more = mapo.loss(logp, *piece, row.clip_low, row.clip_high, row.ratio)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for sum_, gradient in zip(total, gradients):
-            if gradient is not None:
-                sum_ += gradient.float()
-        stats["loss"] += loss.item()
-        stats["entropy"] += (piece[2] * entropy).sum().item()
-        for key, value in more.items():
-            stats[key] += value.item()
-        shares.append(piece[2].sum().item())
-        micro_norms.append(sum(g.float().pow(2).sum().item() for g in gradients if g is not None) / shares[-1] ** 2)
-    for p, gradient in zip(parameters, total):
-        p.grad = gradient.to(p.dtype)
-    stats["entropy"] /= max(sum(shares), 1e-8)
-    stats["grad_norm"] = math.sqrt(sum(g.pow(2).sum().item() for g in total))
-    stats["grad_noise"] = noise_share(micro_norms, shares, stats["grad_norm"] ** 2)
-    return stats
+    count = float(mask.sum() if row.mean == "token" else len(mask))
+    weight = mapo.token_weights(mask, row.mean) * (count / shard.all_sum(count))                     # (N, L - 1)
+    low, high = config.clip * row.clip_low, config.clip * row.clip_high
+    stats, shares, logp_gap = {"loss": 0., "kl": 0., "clip_fraction": 0., "entropy": 0., "value_loss": 0.}, [], 0.
+    for optimiser in optimisers:
+        optimiser.zero_grad()
+    rows = [i for i in range(len(trajectories)) if critic or (advantage[i] * mask[i]).any()]
+    for batch in shard.even(micro_batches(trajectories, rows, config.micro_tokens)):
+        if batch is not None:
+            logp, entropy, values = own_logprobs(policy, [trajectories[i] for i in batch], config)
+            cut = lambda x: x[batch, :logp.shape[1]].to(policy.device)
+            w = cut(weight)
+            loss, more = mapo.loss(logp, cut(old), cut(advantage), w, low, high, row.ratio)
+            if critic:
+                more["value_loss"] = mapo.value_loss(values, cut(critic[0]), cut(critic[1]), w)
+            (loss + more.get("value_loss", 0)).backward()
+            for key, value in {"loss": loss, "entropy": (w * entropy).sum(), **more}.items():
+                stats[key] += value.item()
+            shares.append(w.sum().item())
+            logp_gap = max(logp_gap, (logp - cut(old)).abs()[w > 0].max().item())
+        for optimiser in optimisers:
+            optimiser.finish_micro_batch()
+    stats = {key: shard.all_sum(value) for key, value in stats.items()}
+    stats["entropy"] /= max(shard.all_sum(sum(shares)), 1e-8)
+    stats["logp_gap"] = shard.all_sum(logp_gap, "MAX")          # sampler against trainer, before the first update
+    stats["grad_norm"] = optimisers[0].norm()
+    return stats | noise(optimisers[0].micro_squares, shares, stats["grad_norm"] ** 2)
 
 
-def noise_share(micro_norms: list[float], shares: list[float], total: float) -> float | None:
-    """Which part of the squared gradient norm is sampling noise: (tr(Sigma) / B) / |g_B|^2, after McCandlish et al. 2018
-    (arXiv 1812.06162), app. A.1: E|g_b|^2 = |G|^2 + tr(Sigma) / b for a batch of size b.
+def noise(squares: list[float], shares: list[float], total: float) -> dict[str, float | None]:
+    """How noisy the gradient is, from numbers that accumulation has anyway (McCandlish et al. 2018, arXiv 1812.06162, app. A.1):
+    the mean gradient of a batch of size b has E|g_b|^2 = |G|^2 + tr(Sigma) / b, so two sizes give both unknowns.
 
-    micro_norms: |g_b|^2 of each micro-batch's *mean* gradient, shares: its part b of the batch, total: |g|^2 of the sum.
-    1 is all noise; an estimate, so it may leave [0, 1]. None with fewer than two micro-batches. These are sorted by
-    length, not drawn at random: read the trend, not the digits."""
-    if len(micro_norms) < 2 or total == 0:
-        return None
-    whole = sum(shares)
-    small, b = sum(n * s for n, s in zip(micro_norms, shares)) / whole, sum(s * s for s in shares) / whole
-    large = total / whole ** 2
-    return (small - large) / (1 / b - 1 / whole) / whole / large
+    squares: |gradient|^2 of each micro-batch, shares: its part of the loss's weight, total: |gradient|^2 of their sum.
+    Returns grad_signal, an estimate of |G|^2; grad_trace, of tr(Sigma), where the whole batch has size 1; and grad_noise =
+    grad_trace / total, the share of noise in what is stepped along. Unbiased if micro-batches are drawn at random; ours are sorted
+    by length, so read the trend. None with fewer than two micro-batches (of all ranks)."""
+    pieces, whole, small, b = (shard.all_sum(sum(x)) for x in (
+        [1. for _ in shares], shares, [q / s for q, s in zip(squares, shares)], [s * s for s in shares]))
+    if pieces < 2 or total == 0:
+        return {"grad_signal": None, "grad_trace": None, "grad_noise": None}
+    small, b, large = small / whole, b / whole, total / whole ** 2      # mean |g_b|^2, the size b that it stands for, |g_1|^2
+    trace = (small - large) / (1 / b - 1 / whole)
+    return {"grad_signal": large - trace / whole, "grad_trace": trace, "grad_noise": trace / whole / large}
 
+
+# ---- questions -------------------------------------------------------------------------------------------------------
 
 class Questions:
     """The training stream: question `i` is the same in every run with the same seed, so runs can be compared in pairs."""
@@ -178,16 +263,18 @@ class Questions:
         if config.data and not self.file:
             raise DataError(f"{config.data}: holds no questions")
 
-    def __getitem__(self, step: int) -> list[Question]:
-        c, start = self.config, step * self.config.questions
+    def __call__(self, step: int, number: int = 0) -> list[Question]:
+        """The questions of a step, of all ranks; `number` counts further draws for the same step."""
+        c = self.config
+        start = step * c.questions + number * 10**7
         if not self.file:
             return world_questions(World(options=c.options), c.seed, "train", start, c.questions)
-        chosen = []
-        for i in range(start, start + c.questions):
-            epoch, place = divmod(i, len(self.file))
-            order = torch.randperm(len(self.file), generator=torch.Generator().manual_seed(c.seed * 1_000_003 + epoch))
-            chosen.append(self.file[order[place]])
-        return chosen
+        places = [divmod(i, len(self.file)) for i in range(start, start + c.questions)]
+        return [self.file[self.order(epoch)[place]] for epoch, place in places]
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.file), generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)).tolist()
 
 
 def held_out(config: Config) -> list[Question]:
@@ -198,23 +285,44 @@ def held_out(config: Config) -> list[Question]:
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-def save_checkpoint(policy: Policy, optimiser, generator: torch.Generator, step: int, config: Config) -> None:
-    """runs/x/step-000050: a model directory plus state.pt; written aside and renamed, then the older one goes."""
+def save_checkpoint(policy: Policy, optimisers: list[shard.ShardedAdamW], generator: torch.Generator, step: int, config: Config) -> None:
+    """runs/x/step-000050: a model directory, and of each rank its part of the optimisers and its random state; written
+    aside and renamed, then the older one goes."""
     out = Path(config.out)
     folder, aside = out / f"step-{step:06}", out / "saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    policy.save(aside)
-    torch.save({"step": step, "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                "config": dataclasses.asdict(config)}, aside / "state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    for old in out.glob("step-*"):
-        if old != folder:
-            shutil.rmtree(old)
+    with shard.together():
+        if shard.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            policy.save(aside)
+            for number in range(len(optimisers)):
+                (aside / f"optimiser-{number}").mkdir()
+    for number, optimiser in enumerate(optimisers):
+        optimiser.save(aside / f"optimiser-{number}")
+    with shard.together():
+        torch.save({"step": step, "generator": generator.get_state(), "config": dataclasses.asdict(config)},
+                   aside / f"state-{shard.rank()}.pt")
+    with shard.together():
+        if shard.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            for old in out.glob("step-*"):
+                if old != folder:
+                    shutil.rmtree(old)
 
 
 def newest_checkpoint(out: str) -> Path | None:
-    return max((p for p in Path(out).glob("step-*") if (p / "state.pt").is_file()), default=None)
+    return max((p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file()), default=None)
+
+
+def load_checkpoint(folder: Path, optimisers: list[shard.ShardedAdamW], generator: torch.Generator) -> int:
+    """Everything but the model directory; returns the steps done. A rank that was not there has a fresh random state."""
+    for number, optimiser in enumerate(optimisers):
+        optimiser.load(folder / f"optimiser-{number}")
+    with shard.together():
+        state = torch.load(folder / "state-0.pt", weights_only=True)
+        if (mine := folder / f"state-{shard.rank()}.pt").is_file():
+            generator.set_state(torch.load(mine, weights_only=True)["generator"])
+    return state["step"]
 
 
 def publish(policy: Policy, config: Config) -> None:
@@ -246,81 +354,103 @@ def collapse(metrics: dict) -> str:
 def train(config: Config) -> dict:
     """Run the whole training; returns the last step's metrics."""
     torch.set_num_threads(config.threads)
-    out, row = Path(config.out), mapo.ALGORITHMS[config.algo]
-    checkpoint = newest_checkpoint(config.out) if config.resume else None
-    if config.resume and not checkpoint:
-        raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state.pt")
-    stream, tests = Questions(config), held_out(config)
-    base = Policy(config.model, config.device)
-    policy = Policy(checkpoint or config.model, config.device)
-    scorer = Scorer(base, stream[10**6][:16] + stream[10**6 + 1][:16] + stream[10**6 + 2][:16] + stream[10**6 + 3][:16])
-    out.mkdir(parents=True, exist_ok=True)
-    if not config.resume:  # everything has loaded: only now may the old run's lines and checkpoints go
-        for old in [*out.glob("step-*"), out / "metrics.jsonl", out / "trajectories.jsonl"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    policy.model.requires_grad_(False)
-    parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, betas=(.9, .95), weight_decay=0.)
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    first = 0
-    if checkpoint:
-        state = torch.load(checkpoint / "state.pt", map_location=config.device, weights_only=True)
-        first = state["step"]
-        optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"].cpu())
-        keep_lines(out / "metrics.jsonl", first)
-        keep_lines(out / "trajectories.jsonl", first)
+    device = shard.setup(config.device, config.timeout)
+    out, row, main = Path(config.out), mapo.ALGORITHMS[config.algo], shard.rank() == 0
+    with shard.together():
+        if config.questions % shard.world():
+            raise ValueError(f"--questions: expected a multiple of {shard.world()} ranks, found {config.questions}")
+        checkpoint = newest_checkpoint(config.out) if config.resume else None
+        if config.resume and not checkpoint:
+            raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state-0.pt")
+        stream, tests = Questions(config), held_out(config)
+        dtype = getattr(torch, config.dtype)
+        base, policy = Policy(config.model, device, dtype), Policy(checkpoint or config.model, device, dtype)
+        scorer = Scorer(base, stream.file[:64] or None)
+        policy.model.requires_grad_(False)
+        parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+        if config.recompute:
+            policy.recompute_layers()
+        if row.critic:
+            policy.add_value_head()
+        out.mkdir(parents=True, exist_ok=True)
+    optimisers = [shard.ShardedAdamW(parameters)]
+    if row.critic:
+        optimisers.append(shard.ShardedAdamW(list(policy.value_head.parameters())))
+    rates = [config.lr, config.critic_lr][:len(optimisers)]
+    generator = torch.Generator(policy.device).manual_seed(config.seed + 1_000_003 * shard.rank())
+    first = load_checkpoint(checkpoint, optimisers, generator) if checkpoint else 0
+    with shard.together():
+        if main and checkpoint:
+            keep_lines(out / "metrics.jsonl", first)
+            keep_lines(out / "trajectories.jsonl", first)
+        elif main:  # everything has loaded: only now may the old run's lines and checkpoints go
+            for old in [*out.glob("step-*"), out / "metrics.jsonl", out / "trajectories.jsonl"]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
-    judge = lambda p, heat: evaluate(p, tests, scorer, heat, 0, config.max_turns, config.max_tokens)
-    before = {name: judge(base, heat) for name, heat in (("greedy", 0.), ("sampled", 1.))} if tests else {}
-    bar, metrics = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.algo, dynamic_ncols=True), {}
+    def judge(p: Policy) -> dict[str, list[Trajectory]]:  # of this rank's part of the held-out questions
+        with shard.together():
+            return {name: evaluate(p, tests[shard.rank()::shard.world()], scorer, heat, 0, config.max_turns, config.max_tokens)
+                    for name, heat in (("greedy", 0.), ("sampled", 1.))}
+
+    before, metrics = judge(base) if tests else {}, {}
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.algo, dynamic_ncols=True, disable=not main)
     for step in bar:
         start = time.time()
-        trajectories = collect(policy, stream[step], config.group, config.max_turns, config.max_tokens, config.temperature, generator)
+        with shard.together():
+            trajectories, sampled = draw(policy, scorer, stream, step, config, row, generator)
         rolled = time.time()
-        r, s, looked = score(trajectories, scorer)
-        if config.format_weight:
-            r = (1 - config.format_weight) * r + config.format_weight * torch.tensor([format_reward(t) for t in trajectories])
-        advantage = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit, row.std)
+        advantage, critic = advantages(policy, trajectories, config, row)
         lr = config.lr * min(1, (step + 1) / 5)
-        for _ in range(config.updates):
-            stats = accumulate(policy, parameters, trajectories, advantage, config, row)
+        for number in range(config.updates):
+            stats = accumulate(policy, optimisers, trajectories, advantage, config, row, critic)
+            if number == 0:
+                logp_gap = stats["logp_gap"]
             if math.isfinite(stats["grad_norm"]):
-                for p in parameters:
-                    p.grad *= min(1., config.grad_clip / (stats["grad_norm"] + 1e-6))
-                optimiser.param_groups[0]["lr"] = lr
-                optimiser.step()
+                for optimiser, rate in zip(optimisers, rates):
+                    optimiser.clip(config.grad_clip)
+                    changed = optimiser.step(rate * lr / config.lr)
+                    stats.setdefault("changed", changed)
         seconds = time.time() - start
-        signal = (advantage.reshape(config.questions, -1) != 0).any(1).float().mean().item()
-        metrics = {"step": step + 1, **measure(trajectories), "signal_groups": signal, **stats, "lr": lr,
-                   "tokens_per_s": sum(len(t.mask) for t in trajectories) / seconds, "rollout_seconds": rolled - start,
-                   "seconds": seconds, "peak_mb": peak_mb(config.device)}
-        append(out / "metrics.jsonl", [metrics])
-        append(out / "trajectories.jsonl", [{"step": step + 1, "advantage": advantage[i].tolist(), **record(trajectories[i])}
-                                            for i in (0, 1, config.group)[:len(trajectories)] if i < len(trajectories)])
-        bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.2f}" for k in ("accuracy", "calls", "hit", "gap", "semantic")
-                                      if metrics[k] is not None))
-        if trouble := collapse(metrics):
-            tqdm.write(f"step {step + 1}: collapse: {trouble}")
+        signal = mapo.has_signal(mapo.coupled_return(*rewards(sampled), config.beta, config.lam), config.group).tolist()
+        metrics = {"step": step + 1, **measure(sampled, shard.all_sum),
+                   "signal_groups": shard.all_sum(sum(signal)) / shard.all_sum(len(signal)), "sampled": shard.all_sum(len(sampled)),
+                   **stats, "logp_gap": logp_gap, "lr": lr, "tokens_per_s": shard.all_sum(sum(len(t.mask) for t in sampled)) / seconds,
+                   "rollout_seconds": rolled - start, "seconds": seconds, "peak_mb": peak_mb(device)}
+        if main:
+            append(out / "metrics.jsonl", [metrics])
+            append(out / "trajectories.jsonl", [{"step": step + 1, "advantage": turn_advantages(advantage[i], trajectories[i]),
+                                                 **record(trajectories[i])} for i in (0, 1, config.group) if i < len(trajectories)])
+            bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.2f}" for k in ("accuracy", "calls", "hit", "gap", "semantic")
+                                          if metrics[k] is not None))
+            if trouble := collapse(metrics):
+                tqdm.write(f"step {step + 1}: collapse: {trouble}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(policy, optimiser, generator, step + 1, config)
-    publish(policy, config)
+            save_checkpoint(policy, optimisers, generator, step + 1, config)
+    with shard.together():
+        if main:
+            publish(policy, config)
     if tests:
-        after = {name: judge(policy, heat) for name, heat in (("greedy", 0.), ("sampled", 1.))}
-        report(before, after, config)
+        report(before, judge(policy), config)
     return metrics
 
 
+def turn_advantages(advantage: Tensor, trajectory: Trajectory) -> list[float]:
+    """Of each turn, at its last token."""
+    return [round(advantage[turn.tokens.stop - 2].item(), 4) for turn in trajectory.turns]
+
+
 def report(before: dict, after: dict, config: Config) -> None:
-    """The before/after table, its numbers in results.json, and film strips of the same questions."""
+    """The before/after table over all ranks, its numbers in results.json, and film strips of the same questions."""
     out, results = Path(config.out), {}
-    for name in before:
-        for moment, trajectories in (("before", before[name]), ("after", after[name])):
-            print(f"\n{moment} training, {name}\n{table(trajectories)}")
-            m = measure(trajectories)
-            results[f"{moment} {name}"] = m | {"n": len(trajectories), "interval": wilson(m["accuracy"] * len(trajectories), len(trajectories)),
-                "categories": {c: measure([t for t in trajectories if t.question.category == c])
-                               for c in sorted({t.question.category for t in trajectories})}}
+    total = lambda trajectories, c=None: measure([t for t in trajectories if c in (None, t.question.category)], shard.all_sum)
+    categories = sorted({q.category for q in held_out(config)})
+    for moment, runs in (("before", before), ("after", after)):
+        for name, trajectories in runs.items():
+            measured, n = total(trajectories), int(shard.all_sum(len(trajectories)))
+            results[f"{moment} {name}"] = {**measured, "n": n, "interval": wilson(measured["accuracy"] * n, n),
+                                           "categories": {c: total(trajectories, c) for c in categories}}
+    if shard.rank() > 0:
+        return
     print(f"\n{'held out':10}" + "".join(f"{name + ', ' + c:>22}" for name in before for c in ("accuracy", "gap")))
     for moment in ("before", "after"):
         cells = [results[f"{moment} {name}"][c] for name in before for c in ("accuracy", "gap")]
@@ -355,6 +485,10 @@ if __name__ == "__main__":
     started = time.time()
     try:
         train(parse_config())
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"train.py: {error}")
-    print(f"{time.time() - started:.0f} s")
+    finally:
+        main_rank = shard.rank() == 0
+        shard.cleanup()
+    if main_rank:
+        print(f"{time.time() - started:.0f} s")
