@@ -154,41 +154,35 @@ def read_vstar(path: Path) -> list[Question]:
     """V*'s test_questions.jsonl: {"image", "text": "question\\n(A) ..\\n(B) ..\\nAnswer with ..", "label": "A", "category",
     "question_id"}. V*'s annotations list the right option first, so options are shuffled."""
     questions = []
-    for number, line in enumerate(path.open("rb"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-            missing = VSTAR_FIELDS - set(record)
-        except (ValueError, TypeError, RecursionError):
-            raise DataError(f"{where}: expected one JSON object, found {line.strip()[:60]!r}") from None
-        if missing:
-            raise DataError(f"{where}: field '{min(missing)}': missing; found {sorted(record)}")
-        for field in ("image", "text", "label"):
-            if not isinstance(record[field], str) or not record[field].strip():
-                raise DataError(f"{where}: field '{field}': expected a text, found {str(record[field])[:60]!r}")
-        options = re.findall(r"^\s*\(([A-Z])\)[ \t]*(\S.*?)\s*$", record["text"], re.MULTILINE)
-        if [letter for letter, _ in options] != [chr(65 + i) for i in range(len(options))] or len(options) < 2:
-            raise DataError(f"{where}: field 'text': expected lines '(A) ..', '(B) .., found {record['text'][:80]!r}")
-        order = shuffled(len(options), str(record["question_id"]))
-        label = record["label"].strip().strip("().")
-        if label not in dict(options):
-            raise DataError(f"{where}: field 'label': expected one of {', '.join(dict(options))}, found {record['label']!r}")
-        letters = {chr(65 + place): options[old][1] for place, old in enumerate(order)}
-        questions.append(with_options(re.split(r"^\s*\(A\)", record["text"], 1, re.MULTILINE)[0].strip(), letters,
-                                      chr(65 + order.index(ord(label) - 65)), image_opener(record["image"], path.parent, where),
-                                      str(record["category"]), str(record["question_id"]), {"benchmark": "V*"}, where, "label"))
+    with path.open("rb") as lines:
+        for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+            where = f"{path}:{number}"
+            try:
+                record = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise DataError(f"{where}: expected one JSON object, found {line.strip()[:60]!r}") from None
+            for field in sorted(VSTAR_FIELDS):
+                if not isinstance(record.get(field), str | int) or not str(record[field]).strip():
+                    raise DataError(f"{where}: field '{field}': expected a text, found {str(record.get(field))[:60]!r}")
+            record = {field: str(record[field]).strip() for field in VSTAR_FIELDS}
+            text, *lettered = re.split(r"^\s*\(([A-Z])\)", record["text"], flags=re.MULTILINE)
+            options = {letter: option.strip().split("\n")[0].strip() for letter, option in zip(lettered[::2], lettered[1::2])}
+            if list(options) != [chr(65 + i) for i in range(len(options))] or len(lettered) != 2 * len(options):
+                raise DataError(f"{where}: field 'text': expected lines '(A) ..', '(B) ..', found {record['text'][:80]!r}")
+            order = shuffled(list(options), record["question_id"])
+            questions.append(with_options(text.strip(), {letter: options[letter] for letter in order}, record["label"],
+                                          image_opener(record["image"], path.parent, where), record["category"],
+                                          record["question_id"], {"benchmark": "V*"}, where, "label"))
     return questions
 
 
-def shuffled(n: int, key: str, seed: int = 0) -> list[int]:
-    """An order of n options that depends on nothing but the question's id: the same in every run, on every machine."""
-    return sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{key}/{i}".encode()).digest())
+def shuffled(letters: list[str], key: str, seed: int = 0) -> list[str]:
+    """An order that depends on nothing but the question's id: the same in every run, on every machine."""
+    return sorted(letters, key=lambda letter: hashlib.sha256(f"{seed}/{key}/{letter}".encode()).digest())
 
 
 def with_options(text, options: dict[str, str], answer: str, opener, category, id, meta, where: str, field: str) -> Question:
-    """A question whose right answer is a letter of its options as they will be asked."""
+    """A question from the file's options by letter, in the order to ask them; the right answer becomes its letter there."""
     letter = answer.strip().strip("().").upper()
     if len(options) < 2:
         raise DataError(f"{where}: field 'A': expected at least two options, found {list(options.values())}")
@@ -204,11 +198,11 @@ def chosen(question: Question, answer: str | None) -> int | None:
     MME-RealWorld-Lite the first of A to E that stands anywhere in it, as its authors' script does. None: no option."""
     if answer is None or not normalise(answer):
         return None
-    letter = re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
-    if letter and ord(letter[1]) - 65 < len(question.choices):
+    name, letter = question.meta.get("benchmark"), re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
+    if name and letter and ord(letter[1]) - 65 < len(question.choices):
         return ord(letter[1]) - 65
     index = choose(answer, question.choices)
-    if index is None and question.meta.get("benchmark") == "MME-RealWorld-Lite":
+    if index is None and name == "MME-RealWorld-Lite":
         letter = re.search("[A-E]", PREFIXES.sub("", answer))
         index = ord(letter[0]) - 65 if letter else None
     return index
@@ -221,36 +215,29 @@ def correct(question: Question, answer: str | None) -> bool:
 
 
 def scores(name: str, results: list[tuple[Question, bool]]) -> list[tuple[str, float, int, float]]:
-    """The benchmark's own table from (question, right?): rows of label, accuracy, rows counted, independent questions
-    among them (for the interval: HR-Bench's four rotations of a question are one question)."""
-    def row(label, part, trials=None):
-        return (label, sum(part) / len(part), len(part), trials or len(part))
+    """The benchmark's own table from (question, right?): rows of label, accuracy, rows counted, and how many independent
+    questions these are (for the interval: HR-Bench's four rotations of a question are one question)."""
+    groups, rows = {}, []  # label -> right?, in the order of the table
 
-    def groups(key) -> dict[str, list[bool]]:
-        found: dict[str, list[bool]] = {}
-        for question, right in results:
-            found.setdefault(key(question), []).append(right)
-        return dict(sorted(found.items()))
+    def count(key) -> None:
+        for label, right in sorted(((key(question), right) for question, right in results), key=lambda pair: pair[0]):
+            groups.setdefault(label, []).append(right)
 
-    rows = []
     if name == "HR-Bench":
-        by_cycle = groups(lambda q: (q.meta["cycle_category"], q.category))
-        cycles, kinds = ([*dict.fromkeys(key[i] for key in by_cycle)] for i in (0, 1))
-        kinds = sorted(kinds, key="single cross".find)
-        for cycle in cycles:
-            for kind in (*kinds, "all"):
-                part = [r for (c, k), part in by_cycle.items() if c == cycle and kind in (k, "all") for r in part]
-                if part:
-                    rows.append(row(f"cycle {cycle}  {kind}", part))
-        for kind in (*kinds, "all"):
-            part = [r for r in rows if r[0].endswith(f"  {kind}")]
-            n = sum(r[2] for r in part)
-            rows.append((f"mean  {kind}", sum(r[1] for r in part) / len(part), n, n / len(part)))
-        return rows
-    rows = [row(category or "(none)", part) for category, part in groups(lambda q: q.category).items()]
+        count(lambda q: (q.meta["cycle_category"], q.category))
+        count(lambda q: (q.meta["cycle_category"], "all"))
+        kinds = sorted({kind for _, kind in groups}, key=lambda kind: (kind == "all", kind == "cross", kind))
+        cycles = sorted({cycle for cycle, _ in groups})
+        of = {kind: [groups[cycle, kind] for cycle in cycles if (cycle, kind) in groups] for kind in kinds}
+        rows = [(f"cycle {cycle}, {kind}", sum(part) / len(part), len(part), len(part))
+                for cycle in cycles for kind in kinds if (part := groups.get((cycle, kind)))]
+        return rows + [(f"mean of cycles, {kind}", sum(sum(part) / len(part) for part in of[kind]) / len(of[kind]),
+                        sum(map(len, of[kind])), sum(map(len, of[kind])) / len(of[kind])) for kind in kinds]
+    count(lambda q: q.category or "(none)")
     if name == "MME-RealWorld-Lite":
-        rows += [row(area, part) for area, part in groups(lambda q: q.category.split("/")[0]).items()]
-    return rows + [row("all", [right for _, right in results])]
+        count(lambda q: q.category.split("/")[0])
+    count(lambda q: "all")
+    return [(label, sum(part) / len(part), len(part), len(part)) for label, part in groups.items()]
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ from tqdm import tqdm
 import benchmarks
 from data import DataError, Question, World, world_questions
 from policy import Policy, Tokens
-from reward import Scorer, choose, measure, outcome, score
+from reward import Scorer, measure, outcome, score
 from rollout import Trajectory, Turn, collect, film_strip, stack
 from tools import Call, zoom
 
 COLUMNS = ("accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic")
-NO_TOOLS_PROMPT = """You are a careful visual agent. Answer the question about the image with the letter or the text of your answer:
-<answer>42</answer>"""
+NO_TOOLS_PROMPT = """You are a careful visual agent.
+
+Think first, then finish with the letter or the text of your answer:
+<think>The sign says 42.</think><answer>42</answer>"""
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -43,7 +45,7 @@ def wilson(right: float, n: float) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959964, right / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max((centre - spread) / (1 + z * z / n), 0.), min((centre + spread) / (1 + z * z / n), 1.)
 
 
 def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = None, temperature: float = 0.,
@@ -89,12 +91,12 @@ def benchmark_table(name: str, trajectories: list[Trajectory]) -> str:
     return "\n".join([*lines, f"calls per question {m['calls']:.2f}, valid turns {m['valid']:.2f}{semantic}"])
 
 
-def histogram(trajectories: list[Trajectory], option=choose) -> str:
-    """How often each option letter was answered, and was right. option(answer, choices) is its index."""
+def histogram(trajectories: list[Trajectory]) -> str:
+    """How often each option letter was answered, and was right; "-" is no answer, or no option."""
     letters = lambda pairs: Counter("-" if c is None else chr(65 + c) for c in pairs)
     asked = [t for t in trajectories if t.question.choices]
-    said, true = (letters(benchmarks.chosen(t.question, text) if t.question.meta else choose(text or "", t.question.choices)
-                          for t, text in texts) for texts in ([(t, t.answer) for t in asked], [(t, t.question.answer) for t in asked]))
+    said = letters(benchmarks.chosen(t.question, t.answer) for t in asked)
+    true = letters(benchmarks.chosen(t.question, t.question.answer) for t in asked)
     return "answers: " + "  ".join(f"{k} {said[k]} (right {true[k]})" for k in sorted(set(said) | set(true)))
 
 
@@ -118,45 +120,35 @@ def restore(saved: dict, question: Question) -> Trajectory:
     return Trajectory(question, Tokens([]), [], [], tuple(saved["seen"]), turns, saved["answer"], saved["end"])
 
 
-def predictions(out: Path) -> dict[int, dict]:
-    """Everything that the folder's prediction files hold, by the question's place. A line that a kill cut short is left out."""
-    found = {}
-    for file in sorted(out.glob("predictions*.jsonl")):
-        for line in file.read_bytes().splitlines():
-            try:
-                saved = json.loads(line)
-                found[saved["n"]] = saved
-            except (ValueError, TypeError, KeyError):
-                continue
-    return dict(sorted(found.items()))
-
-
-def merge(out: Path) -> dict[int, dict]:
-    """All predictions in one predictions.jsonl, in the questions' order."""
-    found = predictions(out)
-    with (out / "merging").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(saved) + "\n" for saved in found.values())
-    (out / "merging").replace(out / "predictions.jsonl")
-    for file in out.glob("predictions.rank*.jsonl"):
-        file.unlink()
+def merge(out: Path, write: bool = True) -> dict[int, dict]:
+    """All predictions of the folder, by the question's place; `write` makes them one predictions.jsonl, in order."""
+    found, files = {}, sorted(out.glob("predictions*.jsonl"))
+    for line in (line for file in files for line in file.read_bytes().splitlines()):
+        try:
+            saved = json.loads(line)
+        except ValueError:  # cut short by a kill: the question is asked again
+            continue
+        found[saved["n"]] = saved
+    found = dict(sorted(found.items()))
+    if write:
+        (out / "merging").write_text("".join(json.dumps(saved) + "\n" for saved in found.values()), encoding="utf-8")
+        (out / "merging").replace(out / "predictions.jsonl")
+        for file in out.glob("predictions.rank*.jsonl"):
+            file.unlink()
     return found
 
 
 def prepare(out: Path, settings: dict, resume: bool) -> None:
-    """A folder to predict into: with what it holds (`resume`), if that was made with the same settings, or empty."""
-    note = out / "settings.json"
-    files = list(out.glob("predictions*.jsonl"))
+    """The folder to predict into, with what it holds (`resume`) if that was made with the same settings, else without."""
+    note, files = out / "settings.json", list(out.glob("predictions*.jsonl"))
+    out.mkdir(parents=True, exist_ok=True)
     if resume and files:
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise DataError(f"{note}: expected the settings that {files[0].name} was made with; choose another --out") from None
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if changed := [key for key in settings if before.get(key) != settings[key]]:
             raise DataError(f"{note}: --resume expected the same settings, found " + "; ".join(
                 f"{key} {before.get(key)!r} there and {settings[key]!r} now" for key in changed) + "; choose another --out")
         merge(out)
         return
-    out.mkdir(parents=True, exist_ok=True)
     for file in files:  # somebody may have forgotten --resume
         (out / "previous").mkdir(exist_ok=True)
         file.replace(out / "previous" / file.name)
@@ -177,19 +169,11 @@ def weights_of(policy: Policy) -> str:
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
-def without_tools(policy: Policy) -> None:
-    """Make the policy answer at once: no word of tools in its prompt (if it has one), and `<answer>` is already written,
-    because an agent that was trained to look would call a tool that is not there and never answer."""
-    policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
-    prompt, opening = policy.prompt, policy.tokens("<answer>")
-    policy.prompt = lambda image, text: prompt(image, text) + opening
-
-
-def close_answer(trajectory: Trajectory) -> None:
-    """Read the rest of an answer that `without_tools` opened."""
-    turn = trajectory.turns[-1]
-    trajectory.answer = turn.text.split("</answer>")[0].strip() or None
-    trajectory.end, turn.error, turn.message = "answer" if trajectory.answer else "empty_answer", "", ""
+def accept_plain(trajectory: Trajectory) -> None:
+    """Without tools, a model that was never told of tags in training may just say "B": take a short last word for its answer."""
+    said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
+    if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
+        trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip(), "plain"
 
 
 def base_of(model: str) -> str:
@@ -230,9 +214,9 @@ def run(args: argparse.Namespace) -> None:
     if base != "none" and not args.no_tools:
         encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
         scorer = Scorer(encoder, questions[:args.n][:64])
-    if args.no_tools:
-        without_tools(policy)
-    done, batch = set(predictions(out)), args.batch or (8 if name else 64)
+    if args.no_tools:  # a model that was trained without a prompt keeps none
+        policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
+    done, batch = set(merge(out, write=False)), args.batch or (8 if name else 64)
     barrier(world)  # everybody knows what is done before anybody writes
     mine = range(rank, len(questions[:args.n]), world)
     with (out / ("predictions.jsonl" if world == 1 else f"predictions.rank{rank}.jsonl")).open("a", encoding="utf-8") as file:
@@ -242,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
                 part = evaluate(policy, [questions[n] for n in places], scorer, args.temperature, args.seed + places[0],
                                 1 if args.no_tools else args.max_turns, args.max_tokens, batch)
                 for trajectory in part if args.no_tools else []:
-                    close_answer(trajectory)
+                    accept_plain(trajectory)
                 file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
                 file.flush()
     barrier(world)
@@ -271,7 +255,7 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=64, help="per turn; 64 suits tiny/, larger models think in a few hundred")
     parser.add_argument("--batch", type=int, help="questions side by side, whose images are open together; default: 64, benchmarks 8")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--no_tools", action="store_true", help="answer at once, from the overview")
+    parser.add_argument("--no_tools", action="store_true", help="one turn and no word of tools: answer from the overview")
     parser.add_argument("--encoder", help="model directory that scores the looks (default: the base model), or none")
     parser.add_argument("--films", type=int, default=4, help="save this many film strips")
     parser.add_argument("--out", default="runs/eval", help="folder for film strips and predictions.jsonl")
