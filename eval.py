@@ -7,7 +7,7 @@ hit), the histogram of answers (a model that always says A shows), and `--no_too
 Run it:  python eval.py --model runs/mapo                       # the embedded world's held-out questions
          python eval.py --model tiny --data questions.jsonl     # your own; see data.py for the fields
          python eval.py --model DIR --data VStarBench.tsv --max_turns 6 --max_tokens 512 --device cuda --dtype bfloat16
-         torchrun --nproc-per-node 2 eval.py --model DIR --data hr_bench_4k.tsv     # each process takes every second question
+         torchrun --nproc-per-node 2 -- eval.py --model DIR --data hr_bench_4k.tsv  # each process asks every second question
 
 Predictions are written batch by batch, so that a killed run goes on with `--resume` and ends at the same table.
 """
@@ -230,6 +230,8 @@ def run(args: argparse.Namespace) -> None:
                 file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
                 file.flush()
     barrier(world)
+    if world > 1:
+        dist.destroy_process_group()
     if rank > 0:
         return
     trajectories = [restore(saved, questions[n]) for n, saved in merge(out).items() if n < len(questions[:args.n])]

@@ -84,7 +84,8 @@ def files(tmp_path_factory):
 def run(monkeypatch, capsys):
     """eval.py in this process; returns what it prints, or raises SystemExit."""
     def command(out, *arguments):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(ROOT / "tiny"), "--films", "0", "--out", str(out), *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "tiny", "--films", "0", "--out", str(out), *map(str, arguments)])
         evaluation.main()
         return capsys.readouterr().out
     return command
@@ -97,7 +98,7 @@ def test_benchmark_from_the_command(files, run, tmp_path, name, rows):
     text = run(tmp_path, "--data", files[name], "--encoder", "none", "--films", 2)
     lines = text.splitlines()
     assert lines[0].startswith(name) and all(any(line.startswith(f"{row} ") for line in lines) for row in rows)
-    assert "calls per question 1." in text and "answers: " in text and (tmp_path / "films.png").is_file()
+    assert "calls per question " in text and "answers: " in text and (tmp_path / "films.png").is_file()
     saved = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [s["n"] for s in saved] == list(range(12)) and [s["id"] for s in saved] == [str(i) for i in range(12)]
     if name != "HR-Bench":
@@ -134,7 +135,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(files, run, tmp_path, monkeypatc
     file.write_bytes(file.read_bytes() + third[:len(third) // 2])
     asked.clear()
     monkeypatch.setattr(evaluation, "evaluate", lambda policy, questions, *rest: asked.append(len(questions)) or real(policy, questions, *rest))
-    assert run(tmp_path / "killed", *arguments, "--resume").replace("killed", "whole") == whole
+    assert run(tmp_path / "killed", *arguments, "--resume").replace("/killed/", "/whole/") == whole
     assert asked == [3, 3]
     assert file.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     asked.clear()
@@ -213,14 +214,14 @@ def test_a_bad_file_is_one_line(run, tmp_path, content, names):
 
 
 def torchrun(out, *arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval.py", "--films", "0", "--out",
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "eval.py", "--films", "0", "--out",
                            str(out), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_two_processes_print_the_same_table(files, run, tmp_path):
-    one = run(tmp_path / "one", "--data", files["HR-Bench"], "--model", "tiny", "--n", 11, "--batch", 2)
+    one = run(tmp_path / "one", "--data", files["HR-Bench"], "--n", 11, "--batch", 2)
     two = torchrun(tmp_path / "two", "--data", files["HR-Bench"], "--n", 11, "--batch", 2)
-    assert two.returncode == 0, two.stderr
+    assert two.returncode == 0 and "Warning" not in two.stderr, two.stderr
     assert two.stdout.replace(f"{tmp_path}/two", f"{tmp_path}/one") == one
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["predictions.jsonl", "settings.json"]
     a, b = ([json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()] for name in ("one", "two"))
@@ -229,7 +230,7 @@ def test_two_processes_print_the_same_table(files, run, tmp_path):
         assert x == y
 
 
-def test_a_failing_process_hangs_nobody_and_loses_nothing(tmp_path):
+def test_a_failing_process_hangs_nobody_and_loses_nothing(run, tmp_path):
     """The picture of question 3, which the second process asks, is broken: the command fails and says so; what was answered is
     kept, and once the file is whole, one process ends what two began."""
     data = write_jsonl(world_questions(World(), 0, "test", 0, 6), tmp_path / "world")
@@ -241,6 +242,5 @@ def test_a_failing_process_hangs_nobody_and_loses_nothing(tmp_path):
     kept = {s["n"] for f in (tmp_path / "out").glob("predictions*.jsonl") for s in map(json.loads, f.read_text().splitlines())}
     assert 1 in kept and 3 not in kept
     (tmp_path / "world" / "0003.png").write_bytes(picture)
-    whole = torchrun(tmp_path / "out", *arguments, "--resume")
-    assert whole.returncode == 0 and "all                     6" in whole.stdout
+    assert "all                     6" in run(tmp_path / "out", *arguments, "--resume")
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 6
