@@ -25,7 +25,7 @@ import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -38,7 +38,7 @@ COLUMNS = {  # the first whose columns are all there
     "MME-RealWorld-Lite": {"index", "image", "question", "answer", "category", "l2-category", "multi-choice options"},
     "V*": {"index", "image", "question", "answer", "category", "A", "B"}}
 VSTAR_FIELDS = {"image", "text", "label", "category", "question_id"}  # of test_questions.jsonl
-PREFIXES = re.compile(r"(The )?([Bb]est |correct )?([Aa]nswer|[Oo]ption)( is)?:?")  # MME's script takes these away
+PREFIXES = re.compile(r"\b(the )?((best|correct) )?(answer|option)\b( is)?:?", re.IGNORECASE)  # MME's script drops these, too
 
 
 # ---- files -> questions ------------------------------------------------------------------------------------------------
@@ -61,28 +61,31 @@ def load(path: str | Path) -> tuple[str, list[Question]]:
     return ("V*", read_vstar(path)) if VSTAR_FIELDS <= fields else ("", list(read_jsonl(path)))
 
 
-def read_row(file: BinaryIO) -> list[str] | None:
+def read_row(file: BinaryIO, where: str) -> list[str] | None:
     """The fields of the row that starts where the file stands, None at the end. Leaves the file at the next row."""
-    line = file.readline()
-    if b'"' not in line:
-        return line.decode().rstrip("\r\n").split("\t") if line else None
     csv.field_size_limit(MAX_FIELD)  # also bounds what a quote that is never closed can swallow
-    return next(csv.reader(map(bytes.decode, chain([line], iter(file.readline, b""))), delimiter="\t", strict=True))
+    line = file.readline()
+    try:
+        if b'"' in line:
+            return next(csv.reader(map(bytes.decode, chain([line], iter(file.readline, b""))), delimiter="\t", strict=True))
+        return line.decode().rstrip("\r\n").split("\t") if line else None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: expected tab-separated UTF-8 with every quote closed, found: {error}") from None
 
 
 def read_tsv(path: Path) -> tuple[str, list[Question]]:
     """One pass over the file, one row in memory at a time."""
     questions, owner, number = [], {}, 1  # owner: index -> the byte offset of the row with that image, for rows that share it
     with path.open("rb") as file:
-        columns = [name.lstrip("\ufeff").strip() for name in checked_row(file, f"{path}:1")]
+        columns = [name.lstrip("\ufeff").strip() for name in read_row(file, f"{path}:1")]
         name = next((name for name, needed in COLUMNS.items() if needed <= set(columns)), None)
         if name is None:
             raise DataError(f"{path}:1: columns: expected those of a benchmark, " + " or ".join(
                 f"{', '.join(sorted(needed))} ({name})" for name, needed in COLUMNS.items()) + f"; found {columns}"[:300])
         while True:
             number, offset = number + 1, file.tell()
-            where = f"{path}: row {number} (byte {offset})"  # lines do not count rows: a quoted field may hold line breaks
-            fields = checked_row(file, where)
+            where = f"{path}: row {number} (byte {offset})"  # rows, not lines: a quoted field may hold line breaks
+            fields = read_row(file, where)
             if fields is None:
                 break
             if fields == [""]:
@@ -100,13 +103,6 @@ def read_tsv(path: Path) -> tuple[str, list[Question]]:
     return name, questions
 
 
-def checked_row(file: BinaryIO, where: str) -> list[str] | None:
-    try:
-        return read_row(file)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: expected tab-separated UTF-8 with every quote closed, found: {error}") from None
-
-
 def tsv_question(row: dict[str, str], name: str, where: str, path: Path, offset: int, column: int, owner: dict[str, int]) -> Question:
     for field in ("index", "image", "question", "answer"):
         if not row[field].strip():
@@ -120,7 +116,7 @@ def tsv_question(row: dict[str, str], name: str, where: str, path: Path, offset:
     def open_image() -> Image.Image:
         with path.open("rb") as file:
             file.seek(owner[reference] if reference else offset)
-            text = read_row(file)[column]
+            text = read_row(file, where)[column]
         return image_opener(text.strip(), path.parent, where)()
 
     image = row["image"].strip()
@@ -194,18 +190,21 @@ def with_options(text, options: dict[str, str], answer: str, opener, category, i
 # ---- answers -> scores ---------------------------------------------------------------------------------------------------
 
 def chosen(question: Question, answer: str | None) -> int | None:
-    """Which option an answer names: a lone letter first (an option's text may be "B", too), then reward.choose, and for
-    MME-RealWorld-Lite the first of A to E that stands anywhere in it, as its authors' script does. None: no option."""
+    """Which option an answer names: in a benchmark a lone letter first (an option's text may be "B", too), then reward.choose,
+    with or without "The answer is"; for MME-RealWorld-Lite at last the first of A to E anywhere, as its authors' script does."""
     if answer is None or not normalise(answer):
         return None
-    name, letter = question.meta.get("benchmark"), re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
-    if name and letter and ord(letter[1]) - 65 < len(question.choices):
-        return ord(letter[1]) - 65
-    index = choose(answer, question.choices)
-    if index is None and name == "MME-RealWorld-Lite":
+    name = question.meta.get("benchmark")
+    for text in (answer, PREFIXES.sub("", answer)) if name else ():
+        letter = re.fullmatch(r"\s*\(?([A-Z])[).:]*\s*", text)
+        if letter and ord(letter[1]) - 65 < len(question.choices):
+            return ord(letter[1]) - 65
+        if normalise(text) and (index := choose(text, question.choices)) is not None:
+            return index
+    if name == "MME-RealWorld-Lite":
         letter = re.search("[A-E]", PREFIXES.sub("", answer))
-        index = ord(letter[0]) - 65 if letter else None
-    return index
+        return ord(letter[0]) - 65 if letter else None
+    return None if name else choose(answer, question.choices)
 
 
 def correct(question: Question, answer: str | None) -> bool:
@@ -217,27 +216,26 @@ def correct(question: Question, answer: str | None) -> bool:
 def scores(name: str, results: list[tuple[Question, bool]]) -> list[tuple[str, float, int, float]]:
     """The benchmark's own table from (question, right?): rows of label, accuracy, rows counted, and how many independent
     questions these are (for the interval: HR-Bench's four rotations of a question are one question)."""
-    groups, rows = {}, []  # label -> right?, in the order of the table
+    groups, mean = {}, lambda values: sum(values) / len(values)  # groups: label -> right?, in the order of the table
 
     def count(key) -> None:
-        for label, right in sorted(((key(question), right) for question, right in results), key=lambda pair: pair[0]):
-            groups.setdefault(label, []).append(right)
+        for label in sorted({key(question) for question, _ in results}):
+            groups[label] = [right for question, right in results if key(question) == label]
 
     if name == "HR-Bench":
         count(lambda q: (q.meta["cycle_category"], q.category))
         count(lambda q: (q.meta["cycle_category"], "all"))
-        kinds = sorted({kind for _, kind in groups}, key=lambda kind: (kind == "all", kind == "cross", kind))
-        cycles = sorted({cycle for cycle, _ in groups})
-        of = {kind: [groups[cycle, kind] for cycle in cycles if (cycle, kind) in groups] for kind in kinds}
-        rows = [(f"cycle {cycle}, {kind}", sum(part) / len(part), len(part), len(part))
-                for cycle in cycles for kind in kinds if (part := groups.get((cycle, kind)))]
-        return rows + [(f"mean of cycles, {kind}", sum(sum(part) / len(part) for part in of[kind]) / len(of[kind]),
-                        sum(map(len, of[kind])), sum(map(len, of[kind])) / len(of[kind])) for kind in kinds]
+        rows = [(f"cycle {cycle}, {kind}", mean(part), len(part), len(part)) for (cycle, kind), part in groups.items()]
+        for kind in dict.fromkeys(kind for _, kind in groups):
+            parts = [part for (_, k), part in groups.items() if k == kind]
+            n = sum(map(len, parts))
+            rows.append((f"mean of cycles, {kind}", mean([mean(part) for part in parts]), n, n / len(parts)))
+        return rows
     count(lambda q: q.category or "(none)")
     if name == "MME-RealWorld-Lite":
         count(lambda q: q.category.split("/")[0])
     count(lambda q: "all")
-    return [(label, sum(part) / len(part), len(part), len(part)) for label, part in groups.items()]
+    return [(label, mean(part), len(part), len(part)) for label, part in groups.items()]
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def merge(out: Path, write: bool = True) -> dict[int, dict]:
             continue
         found[saved["n"]] = saved
     found = dict(sorted(found.items()))
-    if write:
+    if write:  # aside first, then renamed: a kill in between loses nothing
         (out / "merging").write_text("".join(json.dumps(saved) + "\n" for saved in found.values()), encoding="utf-8")
         (out / "merging").replace(out / "predictions.jsonl")
         for file in out.glob("predictions.rank*.jsonl"):
@@ -156,10 +156,7 @@ def prepare(out: Path, settings: dict, resume: bool) -> None:
 
 
 def fingerprint(*pieces: bytes) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(hashlib.sha256(piece).digest())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()[:16]
 
 
 def weights_of(policy: Policy) -> str:
@@ -169,11 +166,12 @@ def weights_of(policy: Policy) -> str:
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
-def accept_plain(trajectory: Trajectory) -> None:
-    """Without tools, a model that was never told of tags in training may just say "B": take a short last word for its answer."""
-    said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
-    if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
-        trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip(), "plain"
+def accept_plain(trajectories: list[Trajectory]) -> None:
+    """Without tools, a model that never learnt to write tags may just say "B": a short last word is an answer, too."""
+    for trajectory in trajectories:
+        said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
+        if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
+            trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip(), "plain"
 
 
 def base_of(model: str) -> str:
@@ -204,9 +202,9 @@ def run(args: argparse.Namespace) -> None:
     device = f"cuda:{local}" if args.device == "cuda" and world > 1 else args.device
     policy = Policy(args.model, device, getattr(torch, args.dtype))
     base = args.encoder or base_of(args.model)
-    settings = {"model": args.model, "weights": weights_of(policy), "data": args.data, "temperature": args.temperature, "seed": args.seed,
-                "max_turns": args.max_turns, "max_tokens": args.max_tokens, "no_tools": args.no_tools, "dtype": args.dtype, "encoder": base,
-                "questions": fingerprint(*(f"{q.prompt}\n{q.answer}".encode() for q in questions)) if args.data else f"options {args.options}"}
+    settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens", "no_tools", "dtype")}
+    settings |= {"encoder": base, "weights": weights_of(policy),
+                 "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in questions))}
     if rank == 0:
         prepare(out, settings, args.resume)
     barrier(world)
@@ -225,8 +223,8 @@ def run(args: argparse.Namespace) -> None:
             if places:
                 part = evaluate(policy, [questions[n] for n in places], scorer, args.temperature, args.seed + places[0],
                                 1 if args.no_tools else args.max_turns, args.max_tokens, batch)
-                for trajectory in part if args.no_tools else []:
-                    accept_plain(trajectory)
+                if args.no_tools:
+                    accept_plain(part)
                 file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
                 file.flush()
     barrier(world)

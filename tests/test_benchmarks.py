@@ -230,6 +230,7 @@ def test_broken_picture_is_named_when_opened(tmp_path):
 
 @pytest.mark.parametrize("answer, index", [
     ("B", 1), ("(b)", 1), ("B.", 1), ("blue", 1), ("(B) blue", 1), (" Blue. ", 1), (None, None), ("", None), ("?", None), ("F", None),
+    ("The answer is B", 1), ("The best answer is (B).", 1), ("Answer: blue", 1), ("The answer is", None), ("The answer is F", None),
     ("the blue one", None), ("Because it is red", None), ("A or B", None)])
 def test_what_an_answer_names(answer, index):
     assert chosen(ask("V*"), answer) == chosen(ask("HR-Bench"), answer) == index
@@ -247,6 +248,7 @@ def test_options_that_are_letters_or_alike():
     """A lone letter is a letter, even if another option's text is that letter; equal texts are equally right."""
     question = ask("HR-Bench", answer="A", choices=("B", "A", "C", "C"))
     assert correct(question, "A") and not correct(question, "B")
+    assert chosen(ask("V*", choices=("G", "F")), "F") == 1  # no option has the letter F, one has the text
     question = ask("HR-Bench", answer="D", choices=("B", "A", "C", "C"))
     assert correct(question, "D") and correct(question, "C") and not correct(question, "A")
 
@@ -262,10 +264,11 @@ def test_hr_bench_scores_by_hand():
     results = [(ask("HR-Bench", kind, cycle_category=str(cycle)), right) for kind, rights in
                (("cross", (1, 0, 0, 0)), ("single", (1, 1, 1, 0))) for cycle, right in enumerate(map(bool, rights))]
     rows = scores("HR-Bench", results)
-    assert [row[:2] for row in rows] == [
-        ("cycle 0, single", 1.), ("cycle 0, cross", 1.), ("cycle 0, all", 1.), ("cycle 1, single", 1.), ("cycle 1, cross", 0.), ("cycle 1, all", .5),
-        ("cycle 2, single", 1.), ("cycle 2, cross", 0.), ("cycle 2, all", .5), ("cycle 3, single", 0.), ("cycle 3, cross", 0.), ("cycle 3, all", 0.),
-        ("mean of cycles, single", .75), ("mean of cycles, cross", .25), ("mean of cycles, all", .5)]
+    assert {row[0]: row[1] for row in rows} == {
+        "cycle 0, single": 1., "cycle 0, cross": 1., "cycle 0, all": 1., "cycle 1, single": 1., "cycle 1, cross": 0., "cycle 1, all": .5,
+        "cycle 2, single": 1., "cycle 2, cross": 0., "cycle 2, all": .5, "cycle 3, single": 0., "cycle 3, cross": 0., "cycle 3, all": 0.,
+        "mean of cycles, single": .75, "mean of cycles, cross": .25, "mean of cycles, all": .5}
+    assert [row[0] for row in rows[-3:]] == ["mean of cycles, cross", "mean of cycles, single", "mean of cycles, all"]
     assert rows[-1][2:] == (8, 2)  # eight rows, but two questions: the interval is that of two
 
 

@@ -202,7 +202,7 @@ def test_no_tools(files, run, tmp_path, monkeypatch):
 def test_plain_answers(text, answer):
     """Without tools a short last word is an answer; a call, or a chain of thought, is none."""
     trajectory = Trajectory(None, Tokens([]), [], [], (96, 96), [Turn(text, slice(0, 0))])
-    accept_plain(trajectory)
+    accept_plain([trajectory])
     assert trajectory.answer == answer
 
 
