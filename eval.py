@@ -83,7 +83,8 @@ def table(trajectories: list[Trajectory]) -> str:
 def benchmark_table(name: str, trajectories: list[Trajectory]) -> str:
     """The benchmark's own rows, and how the agent used its tool."""
     lines = [f"{name:36}{'n':>5}  accuracy (95% interval)"]
-    for label, accuracy, n, trials in benchmarks.scores(name, [(t.question, benchmarks.correct(t.question, t.answer)) for t in trajectories]):
+    results = [(t.question, benchmarks.correct(t.question, t.answer)) for t in trajectories]
+    for label, accuracy, n, trials in benchmarks.scores(name, results):
         low, high = wilson(accuracy * trials, trials)
         lines.append(f"{label:36}{n:5}  {accuracy:6.3f} ({low:.3f} .. {high:.3f})")
     m = measure(trajectories)
@@ -161,7 +162,8 @@ def fingerprint(*pieces: bytes) -> str:
 
 def weights_of(policy: Policy) -> str:
     """A fingerprint from some 256 numbers of every weight: another training step shows, and 7B take a second."""
-    return fingerprint(*(p.detach().flatten()[::max(1, p.numel() // 256)].float().cpu().numpy().tobytes() for p in policy.model.parameters()))
+    sample = lambda p: p.detach().flatten()[::max(1, p.numel() // 256)].float().cpu().numpy().tobytes()
+    return fingerprint(*map(sample, policy.model.parameters()))
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -202,7 +204,8 @@ def run(args: argparse.Namespace) -> None:
     device = f"cuda:{local}" if args.device == "cuda" and world > 1 else args.device
     policy = Policy(args.model, device, getattr(torch, args.dtype))
     base = args.encoder or base_of(args.model)
-    settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens", "no_tools", "dtype")}
+    settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens",
+                                                    "no_tools", "dtype")}
     settings |= {"encoder": base, "weights": weights_of(policy),
                  "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in questions))}
     if rank == 0:
