@@ -53,6 +53,7 @@ class Question:
     objects: dict[str, Box] = field(default_factory=dict)  # what is where, by name; {} = unknown (real photographs)
     marks: dict[str, str] = field(default_factory=dict)    # and which mark it carries, for demonstrations
     id: str = ""
+    meta: dict[str, str] = field(default_factory=dict)     # what a benchmark's scoring needs (benchmarks.py)
 
     @property
     def prompt(self) -> str:
