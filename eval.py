@@ -15,17 +15,16 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
+from typing import Callable
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import benchmarks
+import shard
 from data import DataError, Question, World, world_questions
 from policy import Policy, Tokens
 from reward import Scorer, measure, outcome, score
@@ -66,16 +65,22 @@ def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = 
 
 # ---- what it says ------------------------------------------------------------------------------------------------------
 
-def table(trajectories: list[Trajectory]) -> str:
-    """One row a category and one for all: n, accuracy with its interval, and the measures of reward.measure."""
-    cell = lambda value: "     -" if value is None else f"{value:6.2f}"
-    lines = [f"{'':20}{'n':>5}  accuracy (95% interval) " + "".join(f"{c:>9}" for c in COLUMNS[1:])]
-    categories = sorted({t.question.category for t in trajectories})
+def summary(trajectories: list[Trajectory], questions: list[Question], total: Callable[[float], float] = lambda x: x) -> dict[str, dict]:
+    """Measures (reward.measure) with n, of each category of `questions` and of "all"; over all ranks, if `total` sums over them."""
+    categories, result = sorted({q.category for q in questions}), {}
     for category in ([*categories, "all"] if len(categories) > 1 else ["all"]):
         part = [t for t in trajectories if category in ("all", t.question.category)]
-        m = measure(part)
-        low, high = wilson(m["accuracy"] * len(part), len(part))
-        lines.append(f"{category or '(none)':20}{len(part):5}  {m['accuracy']:6.3f} ({low:.3f} .. {high:.3f}) "
+        result[category] = {"n": int(total(len(part))), **measure(part, total)}
+    return result
+
+
+def table(rows: dict[str, dict]) -> str:
+    """A `summary` as text: one row a category and one for all, accuracy with its 95% interval."""
+    cell = lambda value: "     -" if value is None else f"{value:6.2f}"
+    lines = [f"{'':20}{'n':>5}  accuracy (95% interval) " + "".join(f"{c:>9}" for c in COLUMNS[1:])]
+    for category, m in rows.items():
+        low, high = wilson(m["accuracy"] * m["n"], m["n"])
+        lines.append(f"{category or '(none)':20}{m['n']:5}  {m['accuracy']:6.3f} ({low:.3f} .. {high:.3f}) "
                      + "".join(f"   {cell(m[c])}" for c in COLUMNS[1:]))
     return "\n".join(lines)
 
@@ -109,7 +114,7 @@ def record(trajectory: Trajectory) -> dict:
     right = benchmarks.correct if question.meta else outcome
     return {"id": question.id, "question": question.text, "choices": question.choices, "right": question.answer,
             "answer": trajectory.answer, "end": trajectory.end, "correct": float(right(question, trajectory.answer)),
-            "seen": trajectory.seen,
+            "seen": trajectory.seen, "space": trajectory.space,
             "turns": [{"text": turn.text, "box": turn.box, "bbox": turn.call and turn.call.bbox, "label": turn.call and turn.call.label,
                        "score": turn.score, "error": turn.error} for turn in trajectory.turns]}
 
@@ -118,7 +123,7 @@ def restore(saved: dict, question: Question) -> Trajectory:
     """The trajectory of a `record`: what was said, done and scored, without tokens and pixels."""
     turns = [Turn(turn["text"], slice(0, 0), turn["bbox"] and Call(turn["label"], tuple(turn["bbox"])), turn["box"] and tuple(turn["box"]),
                   error=turn["error"], score=turn["score"]) for turn in saved["turns"]]
-    return Trajectory(question, Tokens([]), [], [], tuple(saved["seen"]), turns, saved["answer"], saved["end"])
+    return Trajectory(question, Tokens([]), Tokens([]), [], [], tuple(saved["seen"]), tuple(saved["space"]), turns, saved["answer"], saved["end"])
 
 
 def merge(out: Path, write: bool = True) -> dict[int, dict]:
@@ -182,67 +187,55 @@ def base_of(model: str) -> str:
     return json.loads(note.read_text())["model"] if note.is_file() else model
 
 
-def barrier(world: int) -> None:
-    if world > 1:
-        try:
-            dist.barrier()
-        except RuntimeError as error:  # the process that failed says why, and torchrun stops the others
-            raise DataError(f"another process stopped ({str(error)[:80]})") from None
-
-
 def run(args: argparse.Namespace) -> None:
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    name, out = "", Path(args.out)
-    if args.data:
-        name, questions = benchmarks.load(args.data)
-    else:
-        questions = world_questions(World(options=args.options), 0, "test", 0, 500 if args.n is None else args.n)
-    if not questions[:args.n]:
-        raise DataError(f"{args.data or '--n'}: no questions")
-    if world > 1:  # gloo: only barriers; a fast process waits for the slowest, however long that takes
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    device = f"cuda:{local}" if args.device == "cuda" and world > 1 else args.device
-    policy = Policy(args.model, device, getattr(torch, args.dtype))
-    base = args.encoder or base_of(args.model)
-    settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens",
-                                                    "no_tools", "dtype")}
-    settings |= {"encoder": base, "weights": weights_of(policy),
-                 "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in questions))}
-    if rank == 0:
-        prepare(out, settings, args.resume)
-    barrier(world)
-    scorer = None
-    if base != "none" and not args.no_tools:
-        encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
-        scorer = Scorer(encoder, questions[:args.n][:64])
-    if args.no_tools:  # a model that was trained without a prompt keeps none
-        policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
-    done, batch = set(merge(out, write=False)), args.batch or (8 if name else 64)
-    barrier(world)  # everybody knows what is done before anybody writes
-    mine = range(rank, len(questions[:args.n]), world)
-    with (out / ("predictions.jsonl" if world == 1 else f"predictions.rank{rank}.jsonl")).open("a", encoding="utf-8") as file:
-        for start in tqdm(range(0, len(mine), batch), disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
-            places = [n for n in mine[start:start + batch] if n not in done]
-            if places:
-                part = evaluate(policy, [questions[n] for n in places], scorer, args.temperature, args.seed + places[0],
-                                1 if args.no_tools else args.max_turns, args.max_tokens, batch)
-                if args.no_tools:
-                    accept_plain(part)
-                file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
-                file.flush()
-    barrier(world)
-    if world > 1:
-        dist.destroy_process_group()
+    device = shard.setup(args.device, timeout=30 * 86400)  # a fast process waits for the slowest, however long that takes
+    rank, world, out, name = shard.rank(), shard.world(), Path(args.out), ""
+    with shard.together():
+        if args.data:
+            name, questions = benchmarks.load(args.data)
+        else:
+            questions = world_questions(World(options=args.options), 0, "test", 0, 500)
+        questions = questions[:args.n]
+        if not questions:
+            raise DataError(f"{args.data or '--n'}: no questions")
+        policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
+        base = args.encoder or base_of(args.model)
+        settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens",
+                                                        "no_tools", "dtype", "coordinates")}
+        settings |= {"encoder": base, "weights": weights_of(policy),
+                     "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in questions))}
+        if rank == 0:
+            prepare(out, settings, args.resume)
+        scorer = None
+        if base != "none" and not args.no_tools:
+            encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
+            scorer = Scorer(encoder, questions[:64] if args.data else None)
+        if args.no_tools:  # a model that was trained without a prompt keeps none
+            policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
+    with shard.together():  # everybody knows what is done before anybody writes
+        done, batch = set(merge(out, write=False)), args.batch or (8 if name else 64)
+    with shard.together():
+        mine = range(rank, len(questions), world)
+        with (out / ("predictions.jsonl" if world == 1 else f"predictions.rank{rank}.jsonl")).open("a", encoding="utf-8") as file:
+            for start in tqdm(range(0, len(mine), batch), disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
+                places = [n for n in mine[start:start + batch] if n not in done]
+                if places:
+                    part = evaluate(policy, [questions[n] for n in places], scorer, args.temperature, args.seed + places[0],
+                                    1 if args.no_tools else args.max_turns, args.max_tokens, batch)
+                    if args.no_tools:
+                        accept_plain(part)
+                    file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
+                    file.flush()
     if rank > 0:
         return
-    trajectories = [restore(saved, questions[n]) for n, saved in merge(out).items() if n < len(questions[:args.n])]
-    print(benchmark_table(name, trajectories) if name else table(trajectories))
+    trajectories = [restore(saved, questions[n]) for n, saved in merge(out).items() if n < len(questions)]
+    print(benchmark_table(name, trajectories) if name else table(summary(trajectories, questions)))
     print(histogram(trajectories))
     if args.films:
         for trajectory in trajectories[:args.films]:
             image = trajectory.question.open()
             for turn in trajectory.looks:
-                turn.crop = zoom(image, turn.call, trajectory.seen, policy.resolution)[0]
+                turn.crop = zoom(image, turn.call, trajectory.space, policy.resolution)[0]
         stack([film_strip(t) for t in trajectories[:args.films]]).save(out / "films.png")
     print(f"saved {out}/predictions.jsonl" + (f" and {out}/films.png" if args.films else ""))
 
@@ -265,12 +258,16 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the predictions that --out holds, and ask only the rest")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--coordinates", choices=["pixels", "1000"], help="of boxes: pixels of the seen image, or thousandths of its sides;"
+                        " default: what the model's directory says, else pixels")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
         run(args)
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"eval.py: {error}")
+    finally:
+        shard.cleanup()
 
 
 if __name__ == "__main__":

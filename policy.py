@@ -12,6 +12,7 @@ over temperature with image placeholders banned, so that the ratio of new to old
 Run it:  python policy.py            # loads tiny/, samples, recomputes, and prints the largest difference
 """
 import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -26,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from tools import SYSTEM_PROMPT, Resolution
+from tools import Resolution, system_prompt
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -89,8 +90,11 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
 class Policy:
     """A model directory of the Qwen2.5-VL family with its tokenizer and image processor."""
 
-    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        """Raises FileNotFoundError for a local path without a model, ValueError for a model of another kind."""
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, coordinates: str | None = None):
+        """coordinates: in what the agent gives its boxes: "pixels" of the image that it sees (Qwen2.5-VL) or "1000", thousandths of
+        its sides (Qwen3-VL); None: as the directory's agent.json says, else pixels.
+
+        Raises FileNotFoundError for a local path without a model, ValueError for a model of another kind."""
         self.path = Path(path)
         if self.path.exists() and not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model directory")
@@ -106,8 +110,10 @@ class Policy:
         size, merge = self.processor.size, self.processor.merge_size
         self.merge = merge
         self.resolution = Resolution(self.processor.patch_size * merge, size["shortest_edge"], size["longest_edge"])
-        system = self.path / "system_prompt.txt"  # our own models bring theirs; others get the one in tools.py
-        self.system_prompt = system.read_text(encoding="utf-8") if system.is_file() else SYSTEM_PROMPT
+        note = self.path / "agent.json"  # our own models bring theirs; others get the prompt in tools.py
+        agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        self.coordinates = coordinates or agent.get("coordinates", "pixels")
+        self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
         self.value_head: torch.nn.Linear | None = None  # only PPO has one
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         vision = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
@@ -128,6 +134,10 @@ class Policy:
         (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
         for layer in self.language.layers:
             layer.forward = functools.partial(recomputed, layer.forward)
+
+    def space(self, seen: tuple[int, int]) -> tuple[int, int]:
+        """The range of the boxes' coordinates for an image that is seen at (width, height) pixels."""
+        return seen if self.coordinates == "pixels" else (1000, 1000)
 
     # ---- text and images -> Tokens -----------------------------------------------------------------------------
 
@@ -276,7 +286,7 @@ class Policy:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        (folder / "system_prompt.txt").write_text(self.system_prompt, encoding="utf-8")
+        (folder / "agent.json").write_text(json.dumps({"coordinates": self.coordinates, "system_prompt": self.system_prompt}), encoding="utf-8")
 
 
 class Spare(DynamicLayer):

@@ -43,7 +43,8 @@ class Trajectory:
     tokens: Tokens                      # the whole sequence, as sampled
     mask: list[bool]                    # True: a token of the agent
     logps: list[float]                  # of the agent's tokens when they were sampled; 0 elsewhere
-    seen: tuple[int, int]               # (width, height) of the overview
+    seen: tuple[int, int]               # (width, height) of the overview, in pixels ..
+    space: tuple[int, int]              # .. and in the units of the agent's boxes
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     end: str = ""                       # "answer", "max_turns", or the kind of a final error
@@ -62,7 +63,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     originals = [question.open() for question in questions]
     overviews = [fit(image, policy.resolution) for image in originals]
     prompts = [policy.prompt(image, question.prompt) for image, question in zip(policy.encode_images(overviews), questions)]
-    trajectories = [Trajectory(question, prompt, prompt + Tokens([]), [False] * len(prompt.ids), [0.] * len(prompt.ids), overview.size)
+    trajectories = [Trajectory(question, prompt, prompt + Tokens([]), [False] * len(prompt.ids), [0.] * len(prompt.ids),
+                               overview.size, policy.space(overview.size))
                     for question, prompt, overview in zip(questions, prompts, overviews) for _ in range(group)]
     session = Session(policy, prompts, group)
     active = list(range(len(trajectories)))  # which trajectory each row of the session belongs to
@@ -104,14 +106,14 @@ def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, 
     """Carry out what the turn asks for, or end the trajectory."""
     trajectory.turns.append(turn)
     try:
-        action = parse(turn.text, trajectory.seen)
+        action = parse(turn.text, trajectory.space)
         if isinstance(action, Answer):
             trajectory.answer, trajectory.end = action.text, "answer"
         elif last:
             trajectory.end = "max_turns"
         else:
             turn.call = action
-            turn.crop, turn.box = zoom(image, action, trajectory.seen, policy.resolution)
+            turn.crop, turn.box = zoom(image, action, trajectory.space, policy.resolution)
     except ToolError as error:
         turn.error, turn.message = error.kind, str(error)
         trajectory.end = error.kind if error.final else "max_turns" if last else ""
@@ -135,7 +137,7 @@ def film_strip(trajectory: Trajectory, title: str = "", side: int = 192) -> Imag
         if turn is None:
             pen.text((left + side + 12, 30), "(never looked)", "black", font)
             continue
-        box = [v * ratio for v in turn.call.bbox]
+        box = [v * ratio * trajectory.seen[k % 2] / trajectory.space[k % 2] for k, v in enumerate(turn.call.bbox)]
         for grow, colour in ((0, "white"), (1, "black")):
             pen.rectangle((left + box[0] - grow, 30 + box[1] - grow, left + box[2] + grow, 30 + box[3] + grow), outline=colour)
         crop = turn.crop

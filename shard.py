@@ -258,7 +258,7 @@ class ShardedAdamW:
         self.steps += 1
         (beta1, beta2), changed = self.betas, 0
         for b in self.buckets:
-            before = b.master.to(b.parameters[0].dtype)
+            before = b.master.to(b.parameters[0].dtype, copy=True)
             b.mean.lerp_(b.gradient, 1 - beta1)
             b.square.mul_(beta2).addcmul_(b.gradient, b.gradient, value=1 - beta2)
             scale = (b.square / (1 - beta2 ** self.steps)).sqrt_().add_(self.eps)

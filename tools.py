@@ -26,21 +26,23 @@ MAX_TURN_CHARS, MAX_CALL_CHARS = 20_000, 2_000   # longer turns are cut, longer 
 MAX_LABEL_WORDS, MAX_LABEL_CHARS = 12, 80
 MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in pixels of the seen image, after clamping
 
-TOOL_SCHEMA = {"type": "function", "function": {
-    "name": TOOL_NAME,
-    "description": "Zoom in on a region of the image. Say first what you are looking for; the crop is cut from the "
-                   "image at full resolution.",
-    "parameters": {"type": "object", "required": ["label", "bbox_2d"], "properties": {
-        "label": {"type": "string", "description": f"What the region shows, specifically: at most {MAX_LABEL_WORDS} words."},
-        "bbox_2d": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
-                    "description": "[x1, y1, x2, y2] in pixels of the image, x1 < x2 and y1 < y2."}}}}}
-
-SYSTEM_PROMPT = f"""You are a careful visual agent. Details may be too small to see at first: zoom in before you answer.
+def system_prompt(coordinates: str = "pixels") -> str:
+    """The "# Tools" prompt in Qwen's style, for a model that never saw our cold start. coordinates: "pixels" or "1000"."""
+    unit = "pixels of the image" if coordinates == "pixels" else "thousandths of the image's width and height, 0 to 1000"
+    schema = {"type": "function", "function": {
+        "name": TOOL_NAME,
+        "description": "Zoom in on a region of the image. Say first what you are looking for; the crop is cut from the "
+                       "image at full resolution.",
+        "parameters": {"type": "object", "required": ["label", "bbox_2d"], "properties": {
+            "label": {"type": "string", "description": f"What the region shows, specifically: at most {MAX_LABEL_WORDS} words."},
+            "bbox_2d": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
+                        "description": f"[x1, y1, x2, y2] in {unit}, x1 < x2 and y1 < y2."}}}}}
+    return f"""You are a careful visual agent. Details may be too small to see at first: zoom in before you answer.
 
 # Tools
 You may call one function per turn. Its signature is within <tools></tools> XML tags:
 <tools>
-{json.dumps(TOOL_SCHEMA)}
+{json.dumps(schema)}
 </tools>
 
 Think first, then either call the function:

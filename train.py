@@ -39,7 +39,7 @@ from tqdm import tqdm
 import mapo
 import shard
 from data import DataError, Question, World, read_jsonl, world_questions
-from eval import evaluate, record, wilson
+from eval import evaluate, record, summary, table, wilson
 from policy import Policy
 from reward import Scorer, format_reward, measure, rewards, score
 from rollout import Trajectory, collect, film_strip, stack
@@ -75,6 +75,7 @@ class Config:
     seed: int = dataclasses.field(default=0, metadata={"help": "of questions and sampling"})
     device: str = dataclasses.field(default="cpu", metadata={"help": "cpu or cuda"})
     dtype: str = dataclasses.field(default="float32", metadata={"help": "of the weights, float32 or bfloat16; the optimiser is float32"})
+    coordinates: str = dataclasses.field(default="", metadata={"help": "of boxes: pixels, or 1000 (thousandths); default: the model's, else pixels"})
     recompute: bool = dataclasses.field(default=False, metadata={"help": "activation checkpointing: less memory, a third more time"})
     timeout: float = dataclasses.field(default=1800., metadata={"help": "seconds to wait for another rank before it is an error"})
     threads: int = dataclasses.field(default=1, metadata={"help": "CPU threads"})
@@ -91,6 +92,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.error(f"--algo: expected one of {', '.join(mapo.ALGORITHMS)}, found {config.algo!r}")
     if config.dtype not in ("float32", "bfloat16"):
         parser.error(f"--dtype: expected float32 or bfloat16, found {config.dtype!r}")
+    if config.coordinates not in ("", "pixels", "1000"):
+        parser.error(f"--coordinates: expected pixels or 1000, found {config.coordinates!r}")
     if config.group < 2 or config.questions < 1 or config.steps < 1 or config.updates < 1:
         parser.error("--group must be at least 2 (a group of one has no baseline); --questions, --steps, --updates at least 1")
     config.beta = mapo.ALGORITHMS[config.algo].beta if config.beta < 0 else config.beta
@@ -364,7 +367,7 @@ def train(config: Config) -> dict:
             raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state-0.pt")
         stream, tests = Questions(config), held_out(config)
         dtype = getattr(torch, config.dtype)
-        base, policy = Policy(config.model, device, dtype), Policy(checkpoint or config.model, device, dtype)
+        base, policy = (Policy(path, device, dtype, config.coordinates) for path in (config.model, checkpoint or config.model))
         scorer = Scorer(base, stream.file[:64] or None)
         policy.model.requires_grad_(False)
         parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
@@ -442,13 +445,13 @@ def turn_advantages(advantage: Tensor, trajectory: Trajectory) -> list[float]:
 def report(before: dict, after: dict, config: Config) -> None:
     """The before/after table over all ranks, its numbers in results.json, and film strips of the same questions."""
     out, results = Path(config.out), {}
-    total = lambda trajectories, c=None: measure([t for t in trajectories if c in (None, t.question.category)], shard.all_sum)
-    categories = sorted({q.category for q in held_out(config)})
-    for moment, runs in (("before", before), ("after", after)):
-        for name, trajectories in runs.items():
-            measured, n = total(trajectories), int(shard.all_sum(len(trajectories)))
-            results[f"{moment} {name}"] = {**measured, "n": n, "interval": wilson(measured["accuracy"] * n, n),
-                                           "categories": {c: total(trajectories, c) for c in categories}}
+    for name in before:
+        for moment, runs in (("before", before), ("after", after)):
+            rows = summary(runs[name], held_out(config), shard.all_sum)
+            m = rows["all"]
+            results[f"{moment} {name}"] = {**m, "interval": wilson(m["accuracy"] * m["n"], m["n"]), "categories": rows}
+            if shard.rank() == 0:
+                print(f"\n{moment} training, {name}\n{table(rows)}")
     if shard.rank() > 0:
         return
     print(f"\n{'held out':10}" + "".join(f"{name + ', ' + c:>22}" for name in before for c in ("accuracy", "gap")))

@@ -12,12 +12,12 @@ from PIL import ImageChops
 
 import eval as evaluation
 from data import World, world_questions, write_jsonl
-from eval import accept_plain, evaluate, histogram, record, restore, table, wilson
+from eval import accept_plain, evaluate, histogram, record, restore, summary, table, wilson
 from policy import Policy, Tokens
 from reward import measure
 from rollout import Trajectory, Turn, film_strip
 from tests.test_benchmarks import HR, MME, VSTAR, save
-from tools import SYSTEM_PROMPT, zoom
+from tools import system_prompt, zoom
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def test_evaluation_keeps_no_features(policy, questions):
 
 def test_table_has_every_category_and_the_histogram_every_letter(policy):
     trajectories = evaluate(policy, world_questions(World(), 0, "test", 0, 40))
-    text = table(trajectories)
+    text = table(summary(trajectories, [t.question for t in trajectories]))
     assert all(word in text for word in ("direct_attributes", "comparison", "coarse_to_fine", "all", "95% interval"))
     assert sum(int(w) for w in histogram(trajectories).split()[2::4]) == 40
 
@@ -53,7 +53,7 @@ def test_table_has_every_category_and_the_histogram_every_letter(policy):
 def test_a_record_restores_its_trajectory(policy, trajectories):
     """Every measure, every table and every film is the same after a round trip through JSON."""
     back = [restore(json.loads(json.dumps(record(t))), t.question) for t in trajectories]
-    assert measure(back) == measure(trajectories) and table(back) == table(trajectories) and histogram(back) == histogram(trajectories)
+    assert measure(back) == measure(trajectories) and table(summary(back, [t.question for t in back])) == table(summary(trajectories, [t.question for t in trajectories])) and histogram(back) == histogram(trajectories)
     assert [record(t) for t in back] == [record(t) for t in trajectories]
     old, new = next((a, b) for a, b in zip(trajectories, back) if a.looks)
     for turn in new.looks:
@@ -190,7 +190,7 @@ def test_no_tools(files, run, tmp_path, monkeypatch):
     text = run(tmp_path / "a", "--data", files["V*"], "--no_tools", "--max_tokens", 24)
     assert seen == [("", None, 1)] * 2 and "calls per question 0.00" in text
     own = Policy(ROOT / "tiny")
-    own.system_prompt = SYSTEM_PROMPT
+    own.system_prompt = system_prompt()
     own.save(tmp_path / "own")
     run(tmp_path / "b", "--data", files["V*"], "--no_tools", "--max_tokens", 4, "--model", tmp_path / "own")
     assert seen[-1][0] == evaluation.NO_TOOLS_PROMPT and "tool" not in seen[-1][0]
@@ -201,7 +201,7 @@ def test_no_tools(files, run, tmp_path, monkeypatch):
     ('<tool_call>{"name": "image_zoom_in_tool"}</tool_call>', None), ("I see a cup and " * 9, None)])
 def test_plain_answers(text, answer):
     """Without tools a short last word is an answer; a call, or a chain of thought, is none."""
-    trajectory = Trajectory(None, Tokens([]), [], [], (96, 96), [Turn(text, slice(0, 0))])
+    trajectory = Trajectory(None, Tokens([]), Tokens([]), [], [], (96, 96), (96, 96), [Turn(text, slice(0, 0))])
     accept_plain([trajectory])
     assert trajectory.answer == answer
 

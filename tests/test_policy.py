@@ -14,7 +14,7 @@ def recompute(policy, trajectories, order=None):
     """{index: log-probabilities of the agent's tokens}, computed in one padded batch in the given order."""
     order = order or range(len(trajectories))
     with torch.no_grad():
-        logp, _ = policy.logprobs([trajectories[i].tokens for i in order], [trajectories[i].mask for i in order])
+        logp, *_ = policy.logprobs([trajectories[i].tokens for i in order], [trajectories[i].mask for i in order])
     return {i: logp[row][torch.tensor(trajectories[i].mask[1:] + [False] * (logp.shape[1] + 1 - len(trajectories[i].mask)))]
             for row, i in enumerate(order)}
 
@@ -49,8 +49,8 @@ def test_padding_and_batch_order_change_nothing(policy, trajectories):
 def test_chunks_change_nothing(policy, trajectories):
     tokens, masks = [t.tokens for t in trajectories], [t.mask for t in trajectories]
     with torch.no_grad():
-        whole, entropy = policy.logprobs(tokens, masks)
-        pieces, entropies = policy.logprobs(tokens, masks, chunk=7)
+        whole, entropy, _ = policy.logprobs(tokens, masks)
+        pieces, entropies, _ = policy.logprobs(tokens, masks, chunk=7)
     assert torch.allclose(whole, pieces, atol=1e-5) and torch.allclose(entropy, entropies, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_images_cannot_be_sampled(policy, trajectories):
     assert policy.image_id in policy.banned and logp[:, policy.banned].exp().max() == 0
     assert torch.allclose(logp.exp().sum(-1), torch.ones(4), atol=1e-5)
     with torch.no_grad():
-        _, entropy = policy.logprobs([trajectories[0].tokens], [trajectories[0].mask])
+        _, entropy, _ = policy.logprobs([trajectories[0].tokens], [trajectories[0].mask])
     assert torch.isfinite(entropy).all()
 
 
@@ -148,7 +148,7 @@ def test_temperature_is_applied_alike(policy, questions):
     """Sampling at another temperature and recomputing at it agree too."""
     part = collect(policy, questions[:2], 2, temperature=.7, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        logp, _ = policy.logprobs([t.tokens for t in part], [t.mask for t in part], temperature=.7)
+        logp, *_ = policy.logprobs([t.tokens for t in part], [t.mask for t in part], temperature=.7)
     for row, t in enumerate(part):
         own = torch.tensor(t.mask[1:] + [False] * (logp.shape[1] + 1 - len(t.mask)))
         assert (logp[row][own] - sampled(t)).abs().max() < 1e-4

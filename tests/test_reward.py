@@ -82,7 +82,7 @@ def test_scores_line_up_with_turns(policy, scorer, trajectories):
 def story(answer, *looks, objects={"red circle": (0, 0, 64, 64), "blue square": (192, 0, 256, 64)}, boxes=((0, 0, 64, 64),)):
     question = Question("?", "rising", None, ("rising", "dots"), boxes=boxes, objects=objects)
     turns = [Turn("", slice(0, 0), Call(label, (0,) * 4), box, error="") for label, box in looks] + [Turn("", slice(0, 0))]
-    return Trajectory(question, Tokens([]), Tokens([]), [], [], (96, 96), turns, answer, "answer")
+    return Trajectory(question, Tokens([]), Tokens([]), [], [], (96, 96), (96, 96), turns, answer, "answer")
 
 
 def test_measures_by_hand():

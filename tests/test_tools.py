@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import (MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, SYSTEM_PROMPT,
+from tools import (MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, system_prompt,
                    TOOL_NAME, VAGUE, Answer, Call, Resolution, ToolError, check_box, fit, parse, to_original, zoom)
 
 SEEN = (96, 72)
@@ -287,7 +287,7 @@ def test_final(turn, final):
 
 def test_prompt_example_parses():
     """The system prompt teaches a format that the parser accepts: its example call and its example answer."""
-    example = SYSTEM_PROMPT.split("Think first, then either call the function:\n")[1]
+    example = system_prompt().split("Think first, then either call the function:\n")[1]
     call, answer = example.split("\nor finish with the letter or the text of your answer:\n")
     assert parse(call, (640, 480)) == Call("the red sign", (10, 40, 90, 120))
     assert parse(answer, (640, 480)) == Answer("42")

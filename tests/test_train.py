@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import mapo
+import shard
 from conftest import ROOT
 from data import World, write_jsonl, world_questions
 from policy import Policy
 from reward import Scorer, score
-from train import Config, Questions, accumulate, collapse, micro_batches, noise_share, parse_config, spread, train
+from train import Config, Questions, accumulate, collapse, micro_batches, noise, parse_config, payments, spread, train
 
 
 def small(tmp_path, **changes):
@@ -33,10 +34,14 @@ def advantage(policy, trajectories):
 
 
 def gradient(trainable, trajectories, advantage, order=None, **changes):
+    """The flat gradient in the order of the parameters, and accumulate's statistics."""
     policy, parameters = trainable
     order = order or list(range(len(trajectories)))
-    stats = accumulate(policy, parameters, [trajectories[i] for i in order], advantage[order], Config(**changes), mapo.ALGORITHMS["mapo"])
-    return torch.cat([p.grad.flatten() for p in parameters]), stats
+    part, optimiser = [trajectories[i] for i in order], shard.ShardedAdamW(parameters)
+    stats = accumulate(policy, [optimiser], part, spread(advantage[order], part), Config(**changes), mapo.ALGORITHMS["mapo"])
+    found = {id(p): b.gradient[span] for b in optimiser.buckets for p, span in zip(b.parameters, b.spans)}
+    optimiser.close()
+    return torch.cat([found[id(p)] for p in parameters]), stats
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 1200, 2400])
@@ -104,13 +109,37 @@ def test_micro_batches_are_bounded_and_complete(trajectories):
     assert all(len(b) == 1 or len(b) * max(len(trajectories[i].mask) for i in b) <= 700 for b in batches)
 
 
-def test_noise_share_by_hand():
-    """Two micro-batches of half the batch each. Orthogonal mean gradients of norm 1: the sum's |g|^2 is .5, all of it
-    noise. A common part of squared norm 1 and noise of 1: |g_b|^2 = 2, |g|^2 = 1.5, a third of it noise. Equal: none."""
-    assert noise_share([1., 1.], [.5, .5], .5) == pytest.approx(1)
-    assert noise_share([2., 2.], [.5, .5], 1.5) == pytest.approx(1 / 3)
-    assert noise_share([2., 2.], [.5, .5], 2.) == pytest.approx(0)
-    assert noise_share([1.], [1.], 1.) is None
+def test_noise_by_hand():
+    """Two micro-batches of half the batch each. `noise` gets the squared norms of their parts of the sum, a quarter of the
+    mean gradients' |g_b|^2. Orthogonal, |g_b|^2 = 1: the sum has .5, all of it noise. A common part of squared norm 1 and
+    noise of 1: |g_b|^2 = 2, the sum 1.5 = 1 + .5. Equal: no noise."""
+    for squares, total, signal, trace in (([.25, .25], .5, 0, .5), ([.5, .5], 1.5, 1, .5), ([.5, .5], 2., 2, 0)):
+        found = noise(squares, [.5, .5], total)
+        assert found["grad_signal"] == pytest.approx(signal) and found["grad_trace"] == pytest.approx(trace)
+        assert found["grad_noise"] == pytest.approx(trace / total)
+    assert noise([1.], [1.], 1.)["grad_noise"] is None
+
+
+def test_noise_is_unbiased():
+    """64 samples in micro-batches of 4, gradients drawn around a known mean: both estimates average to the truth."""
+    generator = torch.Generator().manual_seed(0)
+    mean, found = torch.tensor([.3, -.2, .1]), []
+    for _ in range(2000):
+        parts = (mean + torch.randn(16, 4, 3, generator=generator)).sum(1) / 64
+        found.append(noise(parts.square().sum(1).tolist(), [1 / 16] * 16, parts.sum(0).square().sum().item()))
+    average = lambda key: sum(f[key] for f in found) / len(found)
+    assert average("grad_signal") == pytest.approx(.14, abs=.01)
+    assert average("grad_trace") == pytest.approx(3 / 64, rel=.02)              # the whole batch has size 1
+
+
+def test_ppos_payments_sum_to_the_return(trajectories, policy):
+    """Whatever the credit, what a trajectory's tokens are paid adds up to its coupled return, at tokens of the agent only."""
+    r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
+    for credit in ("trajectory", "turn"):
+        paid = payments(trajectories, r, s, looked, Config(beta=.4, credit=credit))
+        assert torch.allclose(paid.sum(1), mapo.coupled_return(r, s, looked, .4), atol=1e-6)
+        for i, t in enumerate(trajectories):
+            assert (paid[i, :len(t.mask) - 1][~torch.tensor(t.mask[1:])] == 0).all()
 
 
 def weights(folder):
@@ -166,8 +195,8 @@ def test_training_on_your_own_questions(tmp_path):
     """A .jsonl trains too; its order is shuffled by the seed and passes are complete."""
     file = write_jsonl(world_questions(World(), 1, "train", 0, 6), tmp_path)
     stream = Questions(small(tmp_path, data=str(file), questions=3))
-    assert sorted(q.id for s in (0, 1) for q in stream[s]) == sorted(q.id for s in (2, 3) for q in stream[s])
-    assert len({q.id for s in (0, 1) for q in stream[s]}) == 6
+    assert sorted(q.id for s in (0, 1) for q in stream(s)) == sorted(q.id for s in (2, 3) for q in stream(s))
+    assert len({q.id for s in (0, 1) for q in stream(s)}) == 6
     assert train(small(tmp_path, data=str(file), steps=1))["step"] == 1
 
 
@@ -195,7 +224,7 @@ def test_the_real_commands(tmp_path):
     done = run("train.py", "--steps", 2, "--questions", 2, "--group", 4, "--eval_questions", 8, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "before training, greedy" in done.stdout and "after training, sampled" in done.stdout and "accuracy" in done.stderr
-    for name in ("model.safetensors", "metrics.jsonl", "trajectories.jsonl", "films.png", "results.json", "train.json", "step-000002/state.pt"):
+    for name in ("model.safetensors", "metrics.jsonl", "trajectories.jsonl", "films.png", "results.json", "train.json", "step-000002/state-0.pt"):
         assert (out / name).is_file(), name
     record = json.loads(open(out / "trajectories.jsonl").readline())
     assert record["turns"] and {"text", "box", "label", "score"} <= set(record["turns"][0])
