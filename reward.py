@@ -25,7 +25,7 @@ from torch import Tensor
 from data import Question, World, holds, shows, world_questions
 from policy import Policy, Tokens
 from rollout import Trajectory
-from tools import Call, fit, zoom
+from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, Call, fit, zoom
 
 SHARPNESS, THRESHOLD = 1.5, 2.0   # k and z0 of eq. 7
 
@@ -110,13 +110,22 @@ class Scorer:
         return torch.sigmoid(SHARPNESS * (z - THRESHOLD))                            # eq. 7
 
 
-def score(trajectories: list[Trajectory], scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:
-    """Write each look's semantic score into its turn; returns `rewards`."""
-    looks = [turn for t in trajectories for turn in t.turns if turn.crop_tokens]
+def score(trajectories: list[Trajectory], scorer: Scorer, describe: str = "before") -> tuple[Tensor, Tensor, Tensor]:
+    """Write each look's semantic score into its turn; returns `rewards`. describe: the words that are scored are those
+    "before" the look, its label, or those "after" it, when the crop has been seen."""
+    looks = [(t, k, turn) for t in trajectories for k, turn in enumerate(t.turns) if turn.crop_tokens]
     if looks:
-        for turn, value in zip(looks, scorer([turn.call.label for turn in looks], [turn.crop_tokens for turn in looks]).tolist()):
+        labels = [turn.call.label if describe == "before" else said_after(t, k) for t, k, turn in looks]
+        for (*_, turn), value in zip(looks, scorer(labels, [turn.crop_tokens for *_, turn in looks]).tolist()):
             turn.score = value
     return rewards(trajectories)
+
+
+def said_after(trajectory: Trajectory, k: int) -> str:
+    """The first words of the thought that follows turn k, as long as a label may be."""
+    following = trajectory.turns[k + 1].text if k + 1 < len(trajectory.turns) else ""
+    thought = following[:2000].removeprefix("<think>").split("</think>")[0]
+    return " ".join(thought.split()[:MAX_LABEL_WORDS])[:MAX_LABEL_CHARS] or "nothing"
 
 
 def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:

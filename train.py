@@ -54,6 +54,7 @@ class Config:
     beta: float = dataclasses.field(default=-1., metadata={"help": "weight of the semantic score; default: the algorithm's"})
     lam: float = dataclasses.field(default=.95, metadata={"help": "discount of earlier looks in the trajectory's score"})
     credit: str = dataclasses.field(default="trajectory", metadata={"help": "advantage per trajectory or per turn"})
+    describe: str = dataclasses.field(default="before", metadata={"help": "the words that are scored: before the look, or after (to see why not)"})
     format_weight: float = dataclasses.field(default=0., metadata={"help": "share of the outcome that pays valid format"})
     steps: int = dataclasses.field(default=80, metadata={"help": "optimiser steps"})
     questions: int = dataclasses.field(default=16, metadata={"help": "questions a step"})
@@ -90,6 +91,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     config = Config(**vars(parser.parse_args(arguments)))
     if config.algo not in mapo.ALGORITHMS:
         parser.error(f"--algo: expected one of {', '.join(mapo.ALGORITHMS)}, found {config.algo!r}")
+    if config.describe not in ("before", "after"):
+        parser.error(f"--describe: expected before or after, found {config.describe!r}")
     if config.dtype not in ("float32", "bfloat16"):
         parser.error(f"--dtype: expected float32 or bfloat16, found {config.dtype!r}")
     if config.coordinates not in ("", "pixels", "1000"):
@@ -114,7 +117,7 @@ def draw(policy: Policy, scorer: Scorer, stream: "Questions", step: int, config:
         missing = config.questions // shard.world() - len(kept) // config.group
         part = collect(policy, stream(step, number)[shard.rank()::shard.world()][:missing], config.group, config.max_turns,
                        config.max_tokens, config.temperature, generator)
-        score(part, scorer)
+        score(part, scorer, config.describe)
         sampled += part
         signal = mapo.has_signal(mapo.coupled_return(*rewards(part), config.beta, config.lam), config.group)
         kept += [t for i, t in enumerate(part) if row.max_draws == 1 or signal[i // config.group]]

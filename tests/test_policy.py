@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from policy import Policy, Session, Tokens, mrope_positions
+from conftest import ROOT
+from policy import Policy, Session, Tokens, draw, mrope_positions
 from rollout import collect
 from tools import fit
 
@@ -61,6 +62,64 @@ def test_prefilling_once_per_group_equals_prefilling_each(policy, questions):
     shared, _ = Session(policy, prompts, group=3).sample(40, temperature=0)
     own, _ = Session(policy, [p for p in prompts for _ in range(3)]).sample(40, temperature=0)
     assert shared == own
+
+
+def test_sharing_prompts_changes_neither_logps_nor_gradients(trajectories):
+    """A group's prompt computed once, or with each row: equal log-probabilities, and equal gradients, which must flow back
+    through the shared keys and values."""
+    policy = Policy(ROOT / "tiny")
+    tokens, masks = [t.tokens for t in trajectories[:6]], [t.mask for t in trajectories[:6]]
+    assert trajectories[0].prompt is trajectories[1].prompt and trajectories[0].prompt is not trajectories[4].prompt
+    weights = [p for p in policy.language.parameters()]
+    alone, entropy, _ = policy.logprobs(tokens, masks)
+    shared, entropies, _ = policy.logprobs(tokens, masks, prompts=[t.prompt for t in trajectories[:6]])
+    assert torch.allclose(alone, shared, atol=1e-4) and torch.allclose(entropy, entropies, atol=1e-4)
+    first, second = (torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)]) for logp in (alone, shared))
+    assert (first - second).norm() < 1e-4 * first.norm()
+
+
+def test_recomputing_layers_changes_nothing(trajectories):
+    """Activation checkpointing, with shared prompts: the same log-probabilities and gradients, bit for bit."""
+    results = []
+    for recompute in (False, True):
+        policy = Policy(ROOT / "tiny")
+        if recompute:
+            policy.recompute_layers()
+        part = trajectories[:4]
+        logp, *_ = policy.logprobs([t.tokens for t in part], [t.mask for t in part], prompts=[t.prompt for t in part])
+        logp.sum().backward()
+        results.append([logp.detach(), *(p.grad for p in policy.language.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_rows_that_leave_the_batch_early_change_nothing(policy, questions):
+    """Greedy turns of rows that stop at very different lengths, beside others or alone; and the next turn after them."""
+    images = policy.encode_images([fit(q.open(), policy.resolution) for q in questions[:6]])
+    prompts = [policy.prompt(image, q.prompt) for image, q in zip(images, questions)]
+    prompts[3] = policy.tokens(prompts[3], "<think>the red circle has rising</think><answer>rising")  # stops at once
+    prompts[4] = policy.tokens(prompts[4], "<think>the red circle has rising</think><answer>rising")
+    prompts[5] = policy.tokens(prompts[5], "<think>the red circle has rising</think><answer>rising")
+    observation = policy.observation("Error: no")
+    session, spoken = Session(policy, prompts), []
+    for _ in range(2):
+        ids, logps = session.sample(40, temperature=0)
+        spoken.append((ids, logps))
+        session.append([observation] * 6)
+    assert max(map(len, spoken[0][0])) >= 4 * min(map(len, spoken[0][0]))
+    for row, prompt in enumerate(prompts):
+        alone = Session(policy, [prompt])
+        for ids, logps in spoken:
+            own, own_logps = alone.sample(40, temperature=0)
+            assert own[0] == ids[row] and own_logps[0] == pytest.approx(logps[row], abs=1e-4)
+            alone.append([observation])
+
+
+def test_draws_follow_the_distribution():
+    """Inverse transform sampling: frequencies match, and a token of probability 0 never comes, wherever it stands."""
+    p = torch.tensor([0., .1, 0., .6, .3, 0.])
+    tokens = draw(p.log().expand(20_000, -1), torch.Generator().manual_seed(0))
+    share = torch.bincount(tokens, minlength=6) / 20_000
+    assert share[[0, 2, 5]].sum() == 0 and (share - p).abs().max() < .012          # 3.5 standard errors
 
 
 def test_positions_equal_the_models_own(policy, trajectories):

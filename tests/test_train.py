@@ -89,6 +89,19 @@ def test_gradient_is_reinforce_at_ratio_one(trainable, trajectories, advantage):
     assert stats["kl"] < 1e-6 and stats["clip_fraction"] == 0 and stats["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-3)
 
 
+def test_gspo_is_grpo_until_the_policy_has_moved(trainable, trajectories, advantage):
+    """At ratio 1 the sequence's ratio has the gradient of the tokens' mean: with one update a batch GSPO *is* GRPO, and a
+    comparison of the two needs --updates 2 or more."""
+    policy, parameters = trainable
+    gradients = []
+    for algo in ("grpo", "gspo"):
+        optimiser = shard.ShardedAdamW(parameters)
+        accumulate(policy, [optimiser], trajectories, spread(advantage, trajectories), Config(), mapo.ALGORITHMS[algo])
+        gradients.append(torch.cat([b.gradient for b in optimiser.buckets]))
+        optimiser.close()
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
 def test_trajectories_without_signal_cost_nothing_and_add_nothing(trainable, trajectories):
     zero, stats = gradient(trainable, trajectories, torch.zeros(len(trajectories)))
     assert not zero.any() and stats["grad_norm"] == 0 and stats["grad_noise"] is None

@@ -1,0 +1,170 @@
+"""The experiments: five algorithms from the same start, luck, beta, and what else README speaks of.
+
+Every run is `python train.py` with the options below; runs of one comparison share start, questions and steps, so that
+differences are paired by seed. Learning rates were chosen on seed 100, which is not reported.
+
+Run it:  python docs/experiments.py                       # trains what runs/experiments lacks, two runs at a time
+         python docs/experiments.py --only luck           # one part
+         python docs/experiments.py --table               # only docs/experiments.md, from docs/experiments.jsonl
+"""
+import argparse
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RUNS, RESULTS = ROOT / "runs/experiments", ROOT / "docs/experiments.jsonl"
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by number of seeds
+CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "seconds")
+ALGORITHMS = ("mapo", "grpo", "dapo", "gspo", "ppo")
+LR = {}  # what `tune` chose, where it is not train.py's default
+
+
+def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
+    """part -> name of a run -> (options of train.py, seeds)."""
+    run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--lr", LR.get(algo, "1.5e-4"), *options], seeds)
+    return {
+        "tune": {f"{algo}, lr {lr}": (["--algo", algo, "--lr", lr, "--steps", "25", "--eval_questions", "0"], range(100, 101))
+                 for algo in ALGORITHMS for lr in ("1e-4", "2e-4", "4e-4")},
+        "main": {algo: run(algo) for algo in ALGORITHMS},
+        "luck": {f"{algo}, {options} options": run(algo, "--options", options, seeds=range(3))
+                 for options in "280" for algo in ("mapo", "grpo")},
+        "beta": {f"mapo, beta {beta}": run("mapo", "--beta", beta, seeds=range(3)) for beta in ("0.2", "0.6", "1")},
+        "variants": {"mapo, lam 0.5": run("mapo", "--lam", "0.5", seeds=range(2)),
+                     "mapo, credit turn": run("mapo", "--credit", "turn", seeds=range(2)),
+                     "mapo, describe after": run("mapo", "--describe", "after", seeds=range(2)),
+                     "mapo, 2 turns": run("mapo", "--max_turns", "2", seeds=range(2)),
+                     "mapo, 6 turns": run("mapo", "--max_turns", "6", seeds=range(2))},
+        "long": {f"{algo}, long": run(algo, "--steps", "200", seeds=range(1)) for algo in ("mapo", "grpo")},
+    }
+
+
+def train(name: str, options: list[str], seed: int) -> dict:
+    """One run's line in experiments.jsonl: its options, curves by step, and what it ended at."""
+    out = RUNS / f"{name.replace(', ', '-').replace(' ', '')}-{seed}"
+    if not (out / "done").is_file():
+        print(f"training {name}, seed {seed}", flush=True)
+        subprocess.run([sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True,
+                       stdout=subprocess.DEVNULL, stderr=(RUNS / "errors.log").open("a"))
+        (out / "done").touch()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    results = json.loads((out / "results.json").read_text()) if "0" != options[options.index("--eval_questions") + 1:][0:1] else {}
+    return {"name": name, "seed": seed, "options": options, "results": results,
+            "curves": {key: [line[key] if line[key] is None else round(line[key], 4) for line in lines] for key in CURVES}}
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+def mean_interval(values: list[float], digits: int = 3) -> str:
+    """mean ± half the 95% interval of the mean over seeds (Student's t); one seed has none."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {T95[len(values)] * std / math.sqrt(len(values)):.{digits}f}"
+
+
+def at_end(run: dict, heat: str, key: str) -> float:
+    return run["results"][f"after {heat}"][key]
+
+
+def area(run: dict, key: str = "accuracy") -> float:
+    """Mean over the run's steps of what the sampled trajectories did: fast learning counts as well as the end."""
+    values = [v for v in run["curves"][key] if v is not None]
+    return sum(values) / len(values)
+
+
+def steps_to(run: dict, level: float) -> float:
+    """The first step at which the mean accuracy of five steps has reached `level`; the run's length if never."""
+    values = run["curves"]["accuracy"]
+    return next((i + 1 for i in range(4, len(values)) if sum(values[i - 4:i + 1]) / 5 >= level), len(values))
+
+
+COLUMNS = {"accuracy, greedy": lambda r: at_end(r, "greedy", "accuracy"), "accuracy, sampled": lambda r: at_end(r, "sampled", "accuracy"),
+           "hit, sampled": lambda r: at_end(r, "sampled", "hit"), "gap, greedy": lambda r: at_end(r, "greedy", "gap"),
+           "gap, sampled": lambda r: at_end(r, "sampled", "gap"), "accuracy over all steps": area,
+           "gap over all steps": lambda r: area(r, "gap")}
+
+
+def table(runs: dict[str, list[dict]], base: str | None = None) -> list[str]:
+    """A row for each name; with `base`, below it the paired difference (same seeds), bold if its interval excludes zero."""
+    lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, group in runs.items():
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(mean_interval([f(r) for r in group]) for f in COLUMNS.values()) + " |")
+    for name, group in runs.items():
+        if base and name != base and len(group) > 1:
+            other = {r["seed"]: r for r in runs[base]}
+            pairs = [(other[r["seed"]], r) for r in group if r["seed"] in other]
+            cells = []
+            for f in COLUMNS.values():
+                text = mean_interval([f(a) - f(b) for a, b in pairs])
+                mean, half = (float(x) for x in text.split(" ± ")) if " ± " in text else (float(text), math.inf)
+                cells.append(f"**{text}**" if abs(mean) > half else text)
+            lines.append(f"| {base} - {name}, paired | {len(pairs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(runs: list[dict]) -> str:
+    by_name: dict[str, list[dict]] = {}
+    for run in runs:
+        by_name.setdefault(run["name"], []).append(run)
+    chosen = lambda part: {name: by_name[name] for name in parts()[part] if name in by_name}
+    lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
+             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start, held-out questions (400) and steps are "
+             "the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
+    if main := chosen("main"):
+        start = main["mapo"][0]["results"]
+        lines += ["## Five algorithms", "", f"{len(main['mapo'][0]['curves']['accuracy'])} steps of 16 questions x 8 trajectories, "
+                  f"two updates a batch. The start: accuracy {start['before greedy']['accuracy']:.3f} greedy, {start['before sampled']['accuracy']:.3f} "
+                  f"sampled; gap {start['before greedy']['gap']:.3f} and {start['before sampled']['gap']:.3f}.", "", *table(main, "mapo"), "",
+                  "| | steps to 0.5 | steps to 0.7 | seconds a step | groups with signal | calls at the end |", "|---|---|---|---|---|---|"]
+        for name, group in main.items():
+            lines.append(f"| {name} | {mean_interval([steps_to(r, .5) for r in group], 1)} | {mean_interval([steps_to(r, .7) for r in group], 1)} | "
+                         f"{mean_interval([area(r, 'seconds') for r in group], 2)} | {mean_interval([area(r, 'signal_groups') for r in group], 2)} | "
+                         f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} |")
+    if luck := chosen("luck"):
+        lines += ["", "## Luck", "", "With k options a missed look is right once in k if the bluff is one of them; 0 options is an open question."]
+        for k in ("2", "4", "8", "0"):
+            pair = {f"{a}, {k} options": by_name[f"{a}, {k} options"] for a in ("mapo", "grpo") if f"{a}, {k} options" in by_name}
+            if k == "4":
+                pair = {f"{a}, 4 options": [r for r in by_name[a] if r["seed"] < 3] for a in ("mapo", "grpo") if a in by_name}
+            if len(pair) == 2:
+                lines += ["", *table(pair, f"mapo, {k} options")]
+    for part, title in (("beta", "Beta"), ("variants", "Variants of MAPO"), ("long", "A long run")):
+        if found := chosen(part):
+            same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}
+            lines += ["", f"## {title}", "", *table({k: v for k, v in (same | found).items() if v}, "mapo" if same.get("mapo") else None)]
+    if tune := chosen("tune"):
+        lines += ["", "## How the learning rates were chosen", "", "Mean accuracy of the sampled trajectories over steps 11 to 20, seed 100:", "",
+                  "| | " + " | ".join(RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
+        for algo in ALGORITHMS:
+            cells = [tune.get(f"{algo}, lr {lr}") for lr in RATES]
+            lines.append(f"| {algo} | " + " | ".join(f"{sum(c[0]['curves']['accuracy'][10:20]) / 10:.3f}" if c else "-" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=list(parts()), choices=list(parts()))
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    runs = [json.loads(line) for line in RESULTS.open()] if RESULTS.is_file() else []
+    if not args.table:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        jobs = [(name, options, seed) for part in args.only for name, (options, seeds) in parts()[part].items() for seed in seeds]
+        jobs = sorted(jobs, key=lambda job: (args.only.index(next(p for p in args.only if job[0] in parts()[p])), job[2]))  # seed by seed
+        with ThreadPoolExecutor(2) as pool:
+            for run in pool.map(lambda job: train(*job), jobs):
+                runs = [r for r in runs if (r["name"], r["seed"]) != (run["name"], run["seed"])] + [run]
+                RESULTS.write_text("".join(json.dumps(r) + "\n" for r in runs))
+    (ROOT / "docs/experiments.md").write_text(page(runs))
+
+
+if __name__ == "__main__":
+    main()
