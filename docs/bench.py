@@ -200,9 +200,12 @@ def usual_update(model, policy: Policy, parameters, trajectories, pixels, advant
     weight = mapo.token_weights(mask)
     for p in parameters:
         p.grad = None
-    rows = max(micro_tokens // longest, 1)
-    for start in range(0, len(trajectories), rows):
-        part = slice(start, start + rows)
+    start = 0
+    while start < len(trajectories):
+        stop = start + 1  # as many rows as keep the padded batch within micro_tokens, as train.py counts them
+        while stop < len(trajectories) and (stop + 1 - start) * max(len(t.mask) for t in trajectories[start:stop + 1]) <= micro_tokens:
+            stop += 1
+        part, start = slice(start, stop), stop
         inputs = padded(policy, [t.tokens.ids for t in trajectories[part]], pixels[part], left=False)
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()                      # (B, L - 1, V)
         logp = F.log_softmax(logits, -1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
@@ -291,7 +294,7 @@ def update_case(name: str, folder: Path) -> dict:
     """Trajectories as tiny/ samples them, of mixed length, and what either side needs to learn from them."""
     tiny, path = Policy("tiny"), "tiny" if name == "tiny" else large_vocabulary(folder)
     generator = torch.Generator().manual_seed(0)
-    trajectories = collect(tiny, questions_of(16 if name == "tiny" else 4), 8, 4, 64, 1.0, generator)
+    trajectories = collect(tiny, questions_of(8 if name == "tiny" else 1), 8, 4, 64, 1.0, generator)
     policy, parameters = load(path)
     pixels = []
     for t in trajectories:
@@ -305,7 +308,7 @@ def update_case(name: str, folder: Path) -> dict:
             for t in trajectories:
                 t.logps = [0.] + policy.logprobs([t.tokens], [t.mask])[0][0].tolist()
     return {"path": path, "policy": policy, "parameters": parameters, "trajectories": trajectories, "pixels": pixels,
-            "advantage": torch.randn(len(trajectories), generator=generator), "micro": 6144 if name == "tiny" else 1536}
+            "advantage": torch.randn(len(trajectories), generator=generator), "micro": 6144 if name == "tiny" else 1024}
 
 
 def sides(case: dict) -> dict:
@@ -682,7 +685,7 @@ def page(records: list[dict]) -> str:
             lines += ["", f"Agent's tokens a trajectory, natural: {n['own_tokens']['ours']:.1f} ours, {n['own_tokens']['other']:.1f} generate."]
     if b := of("b"):
         lines += ["", "## b. Updates against padded batches and full logits", "",
-                  "Trajectories as `tiny/` samples them (16 questions x 8; 4 x 8 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
+                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 6,144 padded tokens; 1 x 8 and 1,024 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
                   "tokens as ours, pixels through the frozen vision tower, float32 logits of *all* tokens, `log_softmax`, the same loss. `vocabulary`: a random Qwen2.5-VL of "
                   "hidden 64, 2 layers and 151,936 words, where the logits are nearly everything.", "",
                   "| | tokens/s, ours | usual | ratio | target | |", "|---|---|---|---|---|---|"]
