@@ -7,7 +7,8 @@
     e  growth: time a trajectory against turns, group and image size
 
 Every comparison alternates A, B, A, B in one run and takes the median of the pairs' ratios, so that whatever else the
-machine does hits both. Memory is the peak of a fresh process over what it held before (VmHWM: ru_maxrss of a child begins
+machine does hits both. Seconds are CPU seconds of the process (all its threads): on an idle machine, with one thread, the
+same as wall time, but a busy neighbour does not count; `--clock wall` for the other. Memory is the peak of a fresh process over what it held before (VmHWM: ru_maxrss of a child begins
 at its parent's size). "Forced" rows make the work equal: the tokens that would end a turn are banned on both sides, every
 turn has exactly --tokens tokens and every crop is the same.
 
@@ -221,10 +222,14 @@ def usual_model(path):
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
 
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+now = CLOCKS["cpu"]
+
+
 def seconds(function) -> float:
-    start = time.perf_counter()
+    start = now()
     function()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def pairs(ours, other, count: int) -> tuple[list[float], list[float]]:
@@ -368,9 +373,8 @@ def step_child(settings: str) -> None:
     generator, step, before = torch.Generator().manual_seed(0), 0, status_mb("VmRSS")
     print("RESULT " + json.dumps({"baseline_mb": before}), flush=True)
     while sys.stdin.readline().strip():
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         trajectories = collect(policy, questions_of(s["questions"], step * s["questions"]), s["group"], s["max_turns"], s["max_tokens"], 1.0, generator)
-        rolled = time.perf_counter() - start
         r, scores, looked = score(trajectories, scorer)
         advantage = mapo.advantages(r, scores, looked, s["group"], config.beta)
         train.accumulate(policy, parameters, trajectories, advantage, config, row)
@@ -378,7 +382,7 @@ def step_child(settings: str) -> None:
         optimiser.step()
         step += 1
         print("RESULT " + json.dumps({
-            "seconds": time.perf_counter() - start, "rollout": rolled, "peak_mb": status_mb("VmHWM") - before, "calls": sum(len(t.looks) for t in trajectories),
+            "wall": time.perf_counter() - start, "cpu": time.process_time() - cpu, "peak_mb": status_mb("VmHWM") - before, "calls": sum(len(t.looks) for t in trajectories),
             "tokens": sum(len(t.mask) - t.mask.index(True) for t in trajectories), "accuracy": r.mean().item()}), flush=True)
 
 
@@ -411,7 +415,7 @@ def part_c(args) -> list[dict]:
     mean = lambda side, key: sum(r[side][key] for r in results) / len(results)
     detail = {name: {key: mean(side, key) for key in ("tokens", "calls", "accuracy")} | {"peak_mb": results[-1][side]["peak_mb"]}
               for side, name in enumerate(("ours", "other"))}
-    record = compare("c", "step", [a["seconds"] for a, _ in results], [b["seconds"] for _, b in results], detail=detail, settings=STEP, about=about)
+    record = compare("c", "step", [a[args.clock] for a, _ in results], [b[args.clock] for _, b in results], detail=detail, settings=STEP, about=about)
     return [record, {"part": "c", "row": "memory", "ratio": detail["ours"]["peak_mb"] / detail["other"]["peak_mb"]}]
 
 
@@ -542,11 +546,11 @@ def timers(places: dict[str, list[tuple[object, str]]]):
     def timed(phase, function):
         def wrapper(*args, **kwargs):
             stack.append(0.)
-            start = time.perf_counter()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                whole = time.perf_counter() - start
+                whole = now() - start
                 spent[phase] += whole - stack.pop()
                 if stack:
                     stack[-1] += whole
@@ -666,7 +670,7 @@ def spread(record: dict) -> str:
 def page(records: list[dict]) -> str:
     of = lambda part: {r["row"]: r for r in records if r["part"] == part}
     lines = ["# Speed and memory", "", "`python docs/bench.py` made this page; `docs/bench.jsonl` has every single time. Ratios are medians over alternating pairs, with "
-             "their smallest and largest; other jobs may have run on the machine, so read ratios, not seconds.", ""]
+             "their smallest and largest. Seconds are CPU seconds unless the command says `--clock wall`; other jobs may have run on the machine, so read ratios.", ""]
     for r in records:
         if r["row"] == "machine":
             lines.append(f"- part {r['part']}: {r['text']}")
@@ -746,10 +750,13 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="trajectories a question, parts a and d")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a forced turn; tiny/'s own turns have about 20")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="cpu", choices=list(CLOCKS))
     parser.add_argument("--trl", default="", help="python of an environment with TRL; without it part c is skipped")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.chdir(ROOT)
+    global now
+    now = CLOCKS[args.clock]
     torch.set_num_threads(args.threads)
     if args.child:
         return step_child(args.child[1]) if args.child[0] == "step" else memory_child(*args.child)

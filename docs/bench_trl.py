@@ -112,11 +112,11 @@ def main() -> None:
             if not sys.stdin.readline().strip():
                 os._exit(0)
             seen.update(tokens=0, calls=0, accuracy=0.)
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **_):
-            seconds = time.perf_counter() - self.start
-            print("RESULT " + json.dumps({"seconds": seconds, "peak_mb": status_mb("VmHWM") - baseline, **seen}), flush=True)
+            wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+            print("RESULT " + json.dumps({"wall": wall, "cpu": cpu, "peak_mb": status_mb("VmHWM") - baseline, **seen}), flush=True)
 
     seen: dict = {}
     system = (model_path / "system_prompt.txt").read_text(encoding="utf-8")
