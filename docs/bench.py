@@ -673,15 +673,19 @@ def spread(record: dict) -> str:
 def page(records: list[dict]) -> str:
     of = lambda part: {r["row"]: r for r in records if r["part"] == part}
     lines = ["# Speed and memory", "", "`python docs/bench.py` made this page; `docs/bench.jsonl` has every single time. Ratios are medians over alternating pairs, with "
-             "their smallest and largest. Seconds are CPU seconds unless the command says `--clock wall`; other jobs may have run on the machine, so read ratios.", ""]
+             "their smallest and largest. Seconds are CPU seconds unless the command says `--clock wall`; other jobs may have "
+             "run on the machine, so read ratios.", ""]
     for r in records:
         if r["row"] == "machine":
             lines.append(f"- part {r['part']}: {r['text']}")
     if a := of("a"):
         lines += ["", "## a. Rollouts against `generate`", "",
-                  "*Forced*: every turn has the same number of tokens on both sides, and the same crop follows. *Natural*: `collect`, turns of at most 64 tokens that end when "
-                  "the agent ends them, at most 4. The other side is a careful user's loop: `model.generate` once a turn over the left-padded conversations of all unfinished "
-                  "rows with all their pixels; pixels are prepared once, ids never encoded again. It returns no log-probabilities; ours does.", "",
+                  "*Forced*: every turn has the same number of tokens on both sides, and the same crop follows. *Natural*: "
+                  "`collect`, turns of at most 64 tokens that end when "
+                  "the agent ends them, at most 4. The other side is a careful user's loop: `model.generate` once a turn over "
+                  "the left-padded conversations of all unfinished "
+                  "rows with all their pixels; pixels are prepared once, ids never encoded again. It returns no "
+                  "log-probabilities; ours does.", "",
                   "| | trajectories/s, ours | generate | ratio | target | |", "|---|---|---|---|---|---|"]
         for row, r in a.items():
             if "ours_s" in r:
@@ -692,8 +696,10 @@ def page(records: list[dict]) -> str:
             lines += ["", f"Agent's tokens a trajectory, natural: {n['own_tokens']['ours']:.1f} ours, {n['own_tokens']['other']:.1f} generate."]
     if b := of("b"):
         lines += ["", "## b. Updates against padded batches and full logits", "",
-                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 6,144 padded tokens; 1 x 8 and 1,024 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
-                  "tokens as ours, pixels through the frozen vision tower, float32 logits of *all* tokens, `log_softmax`, the same loss. `vocabulary`: a random Qwen2.5-VL of "
+                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 6,144 padded tokens; 1 x 8 and "
+                  "1,024 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
+                  "tokens as ours, pixels through the frozen vision tower, float32 logits of *all* tokens, `log_softmax`, the "
+                  "same loss. `vocabulary`: a random Qwen2.5-VL of "
                   "hidden 64, 2 layers and 151,936 words, where the logits are nearly everything.", "",
                   "| | tokens/s, ours | usual | ratio | target | |", "|---|---|---|---|---|---|"]
         for row, r in b.items():
@@ -708,10 +714,14 @@ def page(records: list[dict]) -> str:
     if c := of("c"):
         r, d, s = c["step"], c["step"]["detail"], c["step"]["settings"]
         lines += ["", "## c. A whole step against TRL", "",
-                  f"TRL {r['about']['trl']} with transformers {r['about']['transformers']}: `GRPOTrainer` with `environment_factory`, whose tool returns the crop as an image; `generate`, float32, one "
-                  f"thread, no gradient checkpointing. {s['questions']} questions x {s['group']}, at most {s['max_turns']} turns of {s['max_tokens']} tokens, one update, beta 0, in micro-batches of "
-                  f"{s['micro_rows']} rows; same start, same questions. The first step of each does not count. Ours computes the semantic score as well, TRL does not. What differs "
-                  "on TRL's side: it keeps trajectories without advantage in the update, runs the vision tower again in each turn and in the update, and a call that is not JSON ends a trajectory.", "",
+                  f"TRL {r['about']['trl']} with transformers {r['about']['transformers']}: `GRPOTrainer` with "
+                  f"`environment_factory`, whose tool returns the crop as an image; `generate`, float32, one "
+                  f"thread, no gradient checkpointing. {s['questions']} questions x {s['group']}, at most {s['max_turns']} "
+                  f"turns of {s['max_tokens']} tokens, one update, beta 0, in micro-batches of "
+                  f"{s['micro_rows']} rows; same start, same questions. The first step of each does not count. Ours computes "
+                  f"the semantic score as well, TRL does not. What differs "
+                  "on TRL's side: it keeps trajectories without advantage in the update, runs the vision tower again in each "
+                  "turn and in the update, and a call that is not JSON ends a trajectory.", "",
                   "| | seconds a step | peak MB over the start | tokens after the prompt | looks | accuracy |", "|---|---|---|---|---|---|"]
         for name, side, times in (("ours", "ours", r["ours_s"]), ("TRL", "other", r["other_s"])):
             lines.append(f"| {name} | {median(times):.2f} | {d[side]['peak_mb']:.0f} | {d[side]['tokens']:.0f} | {d[side]['calls']:.0f} | {d[side]['accuracy']:.2f} |")
@@ -719,8 +729,10 @@ def page(records: list[dict]) -> str:
                   f"| our memory / TRL's | {c['memory']['ratio']:.2f} | {verdict(c['memory'])}"]
     if d := of("d"):
         lines += ["", "## d. Against the machine's limit", "",
-                  "The limit is the time that `torch.matmul` takes, in the same run, for the matrix products that the work needs and for nothing else: unpadded tokens, each prompt once a "
-                  "group, causal attention, logits of the agent's own tokens, forward and both backward products. Forced rollouts of 3 turns, and the update on them. *Nothing "
+                  "The limit is the time that `torch.matmul` takes, in the same run, for the matrix products that the work "
+                  "needs and for nothing else: unpadded tokens, each prompt once a "
+                  "group, causal attention, logits of the agent's own tokens, forward and both backward products. Forced "
+                  "rollouts of 3 turns, and the update on them. *Nothing "
                   "shared* counts each trajectory's prompt by itself.", "",
                   "| | GFLOP | limit, s | ours, s | share of the limit | target | |", "|---|---|---|---|---|---|---|"]
         for row, r in d.items():
@@ -745,7 +757,8 @@ def page(records: list[dict]) -> str:
 def machine(args) -> str:
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     return (f"{model}, {os.cpu_count()} cores, {args.threads} thread(s), load {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch "
-            f"{torch.__version__}, transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}; `python {' '.join(sys.argv)}`")
+            f"{torch.__version__}, transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}; `python "
+            f"{' '.join(sys.argv)}`")
 
 
 def main() -> None:
