@@ -45,7 +45,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import data
 import mapo
-import policy as policy_module
 import reward
 import rollout
 import train
@@ -706,7 +705,7 @@ def page(records: list[dict]) -> str:
             if "ours_s" in r:
                 lines.append(f"| {row} | {r['tokens'] / median(r['ours_s']):.0f} | {r['tokens'] / median(r['other_s']):.0f} | {spread(r)} | {verdict(r)}")
         lines += ["", "Both sides' gradients differ by " + " and ".join(f"{r['difference']:.0e}" for r in b.values() if "difference" in r) +
-                  " of their norm: ours bans image placeholders in the softmax, and sums in another order."]
+                  " of their norm. (Ours bans image placeholders in the softmax and sums in another order; which of the two it is was not tested.)"]
         lines += ["", "| peak memory over the start, MB | ours | usual | one batch | ours / usual | target | |", "|---|---|---|---|---|---|---|"]
         for row, r in b.items():
             if "mb" in r:
