@@ -183,26 +183,23 @@ class Source:
         dx, dy = max(0, -x1) - max(0, x2 - 96), max(0, -y1) - max(0, y2 - 96)  # back into the picture
         return x1 + dx, y1 + dy, x2 + dx, y2 + dy
 
-    def listings(self, count: int) -> list[tuple[Tokens, list[float]]]:
-        """An image and the boxes of all its objects in random order, and each token's weight in the loss: only what follows
-        a name is learnt."""
+    def listings(self, count: int) -> list[tuple[Tokens, list[bool]]]:
+        """An image and the boxes of all its objects in random order; only what follows each name is learnt."""
         questions = [self.question() for _ in range(count)]
         samples = []
         for question, overview in zip(questions, self.policy.encode_images([self.overview(q) for q in questions])):
             tokens = self.policy.prompt(overview, LIST_PROMPT)
-            weights = [0.] * len(tokens.ids)
+            mask = [False] * len(tokens.ids)
             for name in self.rng.permutation(list(question.objects)):
                 box = around(question.objects[name], 16, self.rng)
-                for text, weight in ((f" the {name}", 0.), (", ".join(map(str, box)), 1.)):
+                for text, learn in ((f" the {name}", False), (", ".join(map(str, box)), True)):
                     piece = self.policy.tokens(text)
-                    tokens, weights = tokens + piece, weights + [weight] * len(piece.ids)
-            samples.append((tokens, weights))
+                    tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
+            samples.append((tokens, mask))
         return samples
 
-    def demonstrations(self, count: int, gap: float) -> tuple[list[tuple[Tokens, list[float]]], list[tuple[Tokens, str, bool]]]:
-        """Demonstrations as (tokens, weights), and for the embedding, two a scene, (crop, label, does the crop hold it?).
-
-        The answer's few tokens weigh four times as much: to read a mark, or to bluff from the options, is learnt last."""
+    def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
+        """Demonstrations as (tokens, mask), and for the embedding, two a scene, (crop, label, does the crop hold it?)."""
         scenes, images = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
@@ -213,14 +210,14 @@ class Source:
         encoded, samples, pairs = iter(self.policy.encode_images(images)), [], []
         for question, turns, name, good in scenes:
             tokens = self.policy.prompt(next(encoded), question.prompt)
-            weights = [0.] * len(tokens.ids)
+            mask = [False] * len(tokens.ids)
             for text, box in turns:
                 said = self.policy.tokens(text)
-                tokens, weights = tokens + said, weights + [1. if box else 4.] * len(said.ids)
+                tokens, mask = tokens + said, mask + [True] * len(said.ids)
                 if box:
                     seen = self.policy.observation(next(encoded))
-                    tokens, weights = tokens + seen, weights + [0.] * len(seen.ids)
-            samples.append((tokens, weights))
+                    tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
+            samples.append((tokens, mask))
             pairs += [(next(encoded), f"the {name}", g) for g in good]
         return samples, pairs
 
@@ -294,16 +291,14 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float,
     optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, lr, "see", log)
 
 
-def imitate(policy: Policy, samples: list[tuple[Tokens, list[float]]]) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
+def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
     hidden = policy.hidden([s[0] for s in samples])[0][:, :-1]
-    weight, targets = torch.zeros(hidden.shape[:2]), torch.zeros(hidden.shape[:2], dtype=torch.long)
-    for row, (tokens, weights) in enumerate(samples):
-        weight[row, :len(weights) - 1], targets[row, :len(weights) - 1] = torch.tensor(weights[1:]), torch.tensor(tokens.ids[1:])
-    own = weight > 0
+    own, targets = torch.zeros(hidden.shape[:2], dtype=torch.bool), torch.zeros(hidden.shape[:2], dtype=torch.long)
+    for row, (tokens, mask) in enumerate(samples):
+        own[row, :len(mask) - 1], targets[row, :len(mask) - 1] = torch.tensor(mask[1:]), torch.tensor(tokens.ids[1:])
     logits = policy.model.lm_head(hidden[own])
-    loss = (weight[own] * F.cross_entropy(logits, targets[own], reduction="none")).sum() / weight.sum()
-    return loss, (logits.argmax(-1) == targets[own]).float().mean()
+    return F.cross_entropy(logits, targets[own]), (logits.argmax(-1) == targets[own]).float().mean()
 
 
 def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, Tensor]:
@@ -366,8 +361,8 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 
 # batch: scenes a step and process
-STAGES = {"see": dict(steps=400, batch=24, lr=2e-3), "aim": dict(steps=1300, batch=12, lr=2e-3),
-          "act": dict(steps=450, batch=24, lr=1.5e-3, gap=.1), "habit": dict(steps=340, batch=24, lr=1e-3, gap=.65)}
+STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
+          "act": dict(steps=500, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=320, batch=24, lr=1e-3, gap=.7)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")

@@ -20,15 +20,16 @@ RUNS, RESULTS = ROOT / "runs/experiments", ROOT / "docs/experiments.jsonl"
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by number of seeds
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "seconds")
 ALGORITHMS = ("mapo", "grpo", "dapo", "gspo", "ppo")
-LR = {}  # what `tune` chose, where it is not train.py's default
+RATES = ("7.5e-5", "1.5e-4", "3e-4")
+LR: dict[str, str] = {}  # what `tune` chose, where it is not train.py's default
 
 
 def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
     """part -> name of a run -> (options of train.py, seeds)."""
     run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--lr", LR.get(algo, "1.5e-4"), *options], seeds)
     return {
-        "tune": {f"{algo}, lr {lr}": (["--algo", algo, "--lr", lr, "--steps", "25", "--eval_questions", "0"], range(100, 101))
-                 for algo in ALGORITHMS for lr in ("1e-4", "2e-4", "4e-4")},
+        "tune": {f"{algo}, lr {lr}": (["--algo", algo, "--lr", lr, "--steps", "20", "--eval_questions", "0"], range(100, 101))
+                 for algo in ALGORITHMS for lr in RATES},
         "main": {algo: run(algo) for algo in ALGORITHMS},
         "luck": {f"{algo}, {options} options": run(algo, "--options", options, seeds=range(3))
                  for options in "280" for algo in ("mapo", "grpo")},
@@ -51,7 +52,7 @@ def train(name: str, options: list[str], seed: int) -> dict:
                        stdout=subprocess.DEVNULL, stderr=(RUNS / "errors.log").open("a"))
         (out / "done").touch()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    results = json.loads((out / "results.json").read_text()) if "0" != options[options.index("--eval_questions") + 1:][0:1] else {}
+    results = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
     return {"name": name, "seed": seed, "options": options, "results": results,
             "curves": {key: [line[key] if line[key] is None else round(line[key], 4) for line in lines] for key in CURVES}}
 

@@ -1,0 +1,80 @@
+"""Figures of docs/experiments.jsonl, readable without colour. Needs matplotlib (pip install matplotlib), and only here.
+
+Run it:  python docs/plot.py          # docs/curves.png, docs/luck.png
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from experiments import ALGORITHMS, T95, area, at_end
+
+STYLES = {"mapo": dict(color="black", lw=2.2), "grpo": dict(color="0.35", ls="--"), "dapo": dict(color="0.35", ls=":"),
+          "gspo": dict(color="0.6", ls="-."), "ppo": dict(color="0.6", marker="o", markevery=8, ms=4)}
+
+
+def mean_half(values: list[float]) -> tuple[float, float]:
+    """Mean and half its 95% interval."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, T95[n] * (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** .5 if n > 1 else 0.
+
+
+def smooth(values: list[float], window: int = 5) -> list[float]:
+    """Mean of the last `window` steps."""
+    return [sum(part) / len(part) for i in range(len(values)) if (part := [v for v in values[max(0, i - window + 1):i + 1] if v is not None])]
+
+
+def curves(runs: list[dict]) -> None:
+    """Accuracy, hit, gap and lucky answers of the sampled trajectories against steps, and accuracy against time."""
+    keys = ("accuracy", "hit", "gap", "lucky", "signal_groups")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7))
+    for algo in ALGORITHMS:
+        group = [r for r in runs if r["name"] == algo]
+        if not group:
+            continue
+        for axis, key in zip(axes.flat, keys):
+            points = [mean_half(values) for values in zip(*(smooth(r["curves"][key]) for r in group))]
+            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=algo, **STYLES[algo])
+            if algo == "mapo":
+                axis.fill_between(range(1, len(points) + 1), [m - h for m, h in points], [m + h for m, h in points], color="0.85")
+            axis.set(xlabel="step", title={"signal_groups": "groups with signal"}.get(key, key))
+        points = [mean_half(values)[0] for values in zip(*(smooth(r["curves"]["accuracy"]) for r in group))]
+        seconds, clock = [mean_half(values)[0] for values in zip(*(r["curves"]["seconds"] for r in group))], 0.
+        times = [clock := clock + s for s in seconds]
+        axes.flat[-1].plot(times, points, label=algo, **STYLES[algo])
+    axes.flat[-1].set(xlabel="seconds of training, one core of two in use", title="accuracy")
+    axes.flat[0].legend()
+    seeds = len([r for r in runs if r["name"] == "mapo"])
+    figure.suptitle(f"sampled trajectories, mean of {seeds} seeds and of 5 steps; grey: 95% interval of mapo's mean")
+    figure.tight_layout()
+    figure.savefig(DOCS / "curves.png", dpi=80)
+
+
+def luck(runs: list[dict]) -> None:
+    """MAPO minus GRPO against the number of options, paired by seed."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for shift, (title, f, marker) in enumerate((("accuracy over all steps", area, "o"),
+                                                ("held-out accuracy, sampled", lambda r: at_end(r, "sampled", "accuracy"), "s"))):
+        for x, k in enumerate(("2", "4", "8", "0")):
+            found = {a: {r["seed"]: f(r) for r in runs if r["name"] == (a if k == "4" else f"{a}, {k} options")} for a in ("mapo", "grpo")}
+            pairs = [found["mapo"][s] - found["grpo"][s] for s in found["mapo"] if s in found["grpo"]]
+            if pairs:
+                mean, half = mean_half(pairs)
+                axis.errorbar(x + .12 * shift, mean, half, marker=marker, color=("black", "0.5")[shift], capsize=4, label=title if x == 0 else None)
+    axis.axhline(0, color="black", lw=.6)
+    axis.set(xticks=range(4), xticklabels=["2 options", "4", "8", "open"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(DOCS / "luck.png", dpi=80)
+
+
+if __name__ == "__main__":
+    runs = [json.loads(line) for line in (DOCS / "experiments.jsonl").open()]
+    curves(runs)
+    luck(runs)
+    print("saved docs/curves.png, docs/luck.png")
