@@ -81,6 +81,7 @@ class Config:
     timeout: float = dataclasses.field(default=1800., metadata={"help": "seconds to wait for another rank before it is an error"})
     threads: int = dataclasses.field(default=1, metadata={"help": "CPU threads"})
     resume: bool = dataclasses.field(default=False, metadata={"help": "continue from the newest checkpoint in --out"})
+    plan: bool = dataclasses.field(default=False, metadata={"help": "print what the run would cost (plan.py), and stop"})
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -490,7 +491,12 @@ def peak_mb(device: str) -> float:
 if __name__ == "__main__":
     started = time.time()
     try:
-        train(parse_config())
+        config = parse_config()
+        if config.plan:
+            import plan
+            plan.show(config)
+        else:
+            train(config)
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"train.py: {error}")
     finally:
