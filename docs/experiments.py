@@ -20,26 +20,25 @@ RUNS, RESULTS = ROOT / "runs/experiments", ROOT / "docs/experiments.jsonl"
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by number of seeds
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "seconds")
 ALGORITHMS = ("mapo", "grpo", "dapo", "gspo", "ppo")
+SHORT = 20  # steps of the runs that compare learning speed
 RATES = ("7.5e-5", "1.5e-4", "3e-4")
 LR: dict[str, str] = {}  # what `tune` chose, where it is not train.py's default
 
 
 def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
     """part -> name of a run -> (options of train.py, seeds)."""
-    run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--lr", LR.get(algo, "1.5e-4"), *options], seeds)
+    run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--lr", LR.get(algo, "1.5e-4"), "--eval_questions", "200", *options], seeds)
+    short = lambda algo, *options: run(algo, "--steps", str(SHORT), *options, seeds=range(3))
     return {
-        "tune": {f"{algo}, lr {lr}": (["--algo", algo, "--lr", lr, "--steps", "20", "--eval_questions", "0"], range(100, 101))
+        "tune": {f"{algo}, lr {lr}": (["--algo", algo, "--lr", lr, "--steps", "15", "--eval_questions", "0"], range(100, 101))
                  for algo in ALGORITHMS for lr in RATES},
         "main": {algo: run(algo) for algo in ALGORITHMS},
-        "luck": {f"{algo}, {options} options": run(algo, "--options", options, seeds=range(3))
-                 for options in "280" for algo in ("mapo", "grpo")},
-        "beta": {f"mapo, beta {beta}": run("mapo", "--beta", beta, seeds=range(3)) for beta in ("0.2", "0.6", "1")},
-        "variants": {"mapo, lam 0.5": run("mapo", "--lam", "0.5", seeds=range(2)),
-                     "mapo, credit turn": run("mapo", "--credit", "turn", seeds=range(2)),
-                     "mapo, describe after": run("mapo", "--describe", "after", seeds=range(2)),
-                     "mapo, 2 turns": run("mapo", "--max_turns", "2", seeds=range(2)),
-                     "mapo, 6 turns": run("mapo", "--max_turns", "6", seeds=range(2))},
-        "long": {f"{algo}, long": run(algo, "--steps", "200", seeds=range(1)) for algo in ("mapo", "grpo")},
+        "luck": {f"{algo}, {options} options": short(algo, "--options", options) for options in "280" for algo in ("mapo", "grpo")},
+        "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
+        "long": {f"{algo}, long": run(algo, "--steps", "150", seeds=range(1)) for algo in ("mapo", "grpo")},
+        "variants": {"mapo, describe after": short("mapo", "--describe", "after"), "mapo, credit turn": short("mapo", "--credit", "turn"),
+                     "mapo, lam 0.5": short("mapo", "--lam", "0.5"), "mapo, 2 turns": short("mapo", "--max_turns", "2"),
+                     "mapo, 6 turns": short("mapo", "--max_turns", "6")},
     }
 
 
@@ -76,8 +75,8 @@ def at_end(run: dict, heat: str, key: str) -> float:
 
 
 def area(run: dict, key: str = "accuracy") -> float:
-    """Mean over the run's steps of what the sampled trajectories did: fast learning counts as well as the end."""
-    values = [v for v in run["curves"][key] if v is not None]
+    """Mean over the first 20 steps of what the sampled trajectories did: how fast the agent learns."""
+    values = [v for v in run["curves"][key][:SHORT] if v is not None]
     return sum(values) / len(values)
 
 
@@ -89,21 +88,22 @@ def steps_to(run: dict, level: float) -> float:
 
 COLUMNS = {"accuracy, greedy": lambda r: at_end(r, "greedy", "accuracy"), "accuracy, sampled": lambda r: at_end(r, "sampled", "accuracy"),
            "hit, sampled": lambda r: at_end(r, "sampled", "hit"), "gap, greedy": lambda r: at_end(r, "greedy", "gap"),
-           "gap, sampled": lambda r: at_end(r, "sampled", "gap"), "accuracy over all steps": area,
-           "gap over all steps": lambda r: area(r, "gap")}
+           "gap, sampled": lambda r: at_end(r, "sampled", "gap")}
+SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
+         "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 
 
-def table(runs: dict[str, list[dict]], base: str | None = None) -> list[str]:
+def table(runs: dict[str, list[dict]], columns: dict, base: str | None = None) -> list[str]:
     """A row for each name; with `base`, below it the paired difference (same seeds), bold if its interval excludes zero."""
-    lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, group in runs.items():
-        lines.append(f"| {name} | {len(group)} | " + " | ".join(mean_interval([f(r) for r in group]) for f in COLUMNS.values()) + " |")
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(mean_interval([f(r) for r in group]) for f in columns.values()) + " |")
     for name, group in runs.items():
         if base and name != base and len(group) > 1:
             other = {r["seed"]: r for r in runs[base]}
             pairs = [(other[r["seed"]], r) for r in group if r["seed"] in other]
             cells = []
-            for f in COLUMNS.values():
+            for f in columns.values():
                 text = mean_interval([f(a) - f(b) for a, b in pairs])
                 mean, half = (float(x) for x in text.split(" ± ")) if " ± " in text else (float(text), math.inf)
                 cells.append(f"**{text}**" if abs(mean) > half else text)
@@ -117,13 +117,13 @@ def page(runs: list[dict]) -> str:
         by_name.setdefault(run["name"], []).append(run)
     chosen = lambda part: {name: by_name[name] for name in parts()[part] if name in by_name}
     lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
-             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start, held-out questions (400) and steps are "
+             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start, held-out questions (200) and steps are "
              "the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
     if main := chosen("main"):
         start = main["mapo"][0]["results"]
         lines += ["## Five algorithms", "", f"{len(main['mapo'][0]['curves']['accuracy'])} steps of 16 questions x 8 trajectories, "
                   f"two updates a batch. The start: accuracy {start['before greedy']['accuracy']:.3f} greedy, {start['before sampled']['accuracy']:.3f} "
-                  f"sampled; gap {start['before greedy']['gap']:.3f} and {start['before sampled']['gap']:.3f}.", "", *table(main, "mapo"), "",
+                  f"sampled; gap {start['before greedy']['gap']:.3f} and {start['before sampled']['gap']:.3f}.", "", *table(main, COLUMNS, "mapo"), "", *table(main, SPEED, "mapo"), "",
                   "| | steps to 0.5 | steps to 0.7 | seconds a step | groups with signal | calls at the end |", "|---|---|---|---|---|---|"]
         for name, group in main.items():
             lines.append(f"| {name} | {mean_interval([steps_to(r, .5) for r in group], 1)} | {mean_interval([steps_to(r, .7) for r in group], 1)} | "
@@ -136,17 +136,17 @@ def page(runs: list[dict]) -> str:
             if k == "4":
                 pair = {f"{a}, 4 options": [r for r in by_name[a] if r["seed"] < 3] for a in ("mapo", "grpo") if a in by_name}
             if len(pair) == 2:
-                lines += ["", *table(pair, f"mapo, {k} options")]
+                lines += ["", *table(pair, SPEED, f"mapo, {k} options")]
     for part, title in (("beta", "Beta"), ("variants", "Variants of MAPO"), ("long", "A long run")):
         if found := chosen(part):
             same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}
-            lines += ["", f"## {title}", "", *table({k: v for k, v in (same | found).items() if v}, "mapo" if same.get("mapo") else None)]
+            lines += ["", f"## {title}", "", *table({k: v for k, v in (same | found).items() if v}, COLUMNS if part == "long" else SPEED, "mapo" if same.get("mapo") else None)]
     if tune := chosen("tune"):
-        lines += ["", "## How the learning rates were chosen", "", "Mean accuracy of the sampled trajectories over steps 11 to 20, seed 100:", "",
+        lines += ["", "## How the learning rates were chosen", "", "Mean accuracy of the sampled trajectories over steps 6 to 15, seed 100:", "",
                   "| | " + " | ".join(RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
         for algo in ALGORITHMS:
             cells = [tune.get(f"{algo}, lr {lr}") for lr in RATES]
-            lines.append(f"| {algo} | " + " | ".join(f"{sum(c[0]['curves']['accuracy'][10:20]) / 10:.3f}" if c else "-" for c in cells) + " |")
+            lines.append(f"| {algo} | " + " | ".join(f"{sum(c[0]['curves']['accuracy'][5:15]) / 10:.3f}" if c else "-" for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

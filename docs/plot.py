@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from experiments import ALGORITHMS, T95, area, at_end
+from experiments import ALGORITHMS, T95, area
 
 STYLES = {"mapo": dict(color="black", lw=2.2), "grpo": dict(color="0.35", ls="--"), "dapo": dict(color="0.35", ls=":"),
           "gspo": dict(color="0.6", ls="-."), "ppo": dict(color="0.6", marker="o", markevery=8, ms=4)}
@@ -58,8 +58,8 @@ def curves(runs: list[dict]) -> None:
 def luck(runs: list[dict]) -> None:
     """MAPO minus GRPO against the number of options, paired by seed."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    for shift, (title, f, marker) in enumerate((("accuracy over all steps", area, "o"),
-                                                ("held-out accuracy, sampled", lambda r: at_end(r, "sampled", "accuracy"), "s"))):
+    for shift, (title, f, marker) in enumerate((("accuracy, steps 1-20", area, "o"),
+                                                ("hit, steps 1-20", lambda r: area(r, "hit"), "s"))):
         for x, k in enumerate(("2", "4", "8", "0")):
             found = {a: {r["seed"]: f(r) for r in runs if r["name"] == (a if k == "4" else f"{a}, {k} options")} for a in ("mapo", "grpo")}
             pairs = [found["mapo"][s] - found["grpo"][s] for s in found["mapo"] if s in found["grpo"]]
