@@ -18,9 +18,11 @@ the one sketch.
     SNR = |G|^2 / tr Cov(g) of one question; the batch of n questions has n times that
 
 Beside it stands what eq. 8 predicts from z, r and S of the same rollouts. The gradient also carries the noise of which tokens were
-sampled, which an outcome that is exactly z would have too (`oracle`). If a reward's noise is independent of the action given z,
+sampled, which an outcome that is exactly z would have too (`oracle`). If a reward depends on the tokens through z alone,
 
     1 / SNR(b) = 1 / SNR_oracle + k / SNR_8(b),    k from b = 0                                                       (19)
+
+The answer is written after the looks, so r also depends on tokens that z knows nothing of: see whether `grpo` is above `oracle`.
 
 What to distrust: of two gradients the less noisy one need not be the more useful one. Hence the columns against GRPO: the cosine of
 an algorithm's mean gradient in one half of the questions with GRPO's in the other half (above GRPO's own: it points where GRPO points
@@ -226,6 +228,7 @@ def compare(g: dict[str, Tensor], weights: dict[str, Tensor], W: Tensor) -> tupl
     halves, about = random_halves(W.shape[1]), functools.partial(interval, centred=True)
     grpo, hit = g["grpo"], g[ORACLE]
     K_grpo, K_hit, raw, rows = grpo @ grpo.T, hit @ hit.T, {}, {}
+    positive = lambda x: torch.where(x > 0, x, math.nan)                                     # no direction without a signal
     signal_grpo, trace_grpo = signal_noise(K_grpo, W)
     for name, w in weights.items():                                                          # grpo comes first
         K, cross = g[name] @ g[name].T, g[name] @ grpo.T
@@ -233,7 +236,7 @@ def compare(g: dict[str, Tensor], weights: dict[str, Tensor], W: Tensor) -> tupl
         raw[name] = {"snr": signal / trace, "half": half_cosine(K, w, halves), "towards": half_cosine(K, w, halves, (cross, K_grpo, W)),
                      "hit": half_cosine(K, w, halves, (g[name] @ hit.T, K_hit, W))}
         row = {"questions": int((w[0] > 0).sum()), "groups": (K.diag() > 0).float().mean().item(), "signal": about(signal),
-               "trace": interval(trace), "aim": interval(pairs_mean(cross, w, W) / (signal * signal_grpo).sqrt())}
+               "trace": interval(trace), "aim": interval(pairs_mean(cross, w, W) / (positive(signal) * positive(signal_grpo)).sqrt())}
         for key, value in raw[name].items():
             row |= {key: about(value), f"{key} - grpo": about(value - raw["grpo"][key])}
         rows[name] = row | {"batch": about(raw[name]["snr"] * row["questions"])}
@@ -318,8 +321,8 @@ def tables(x: dict) -> list[str]:
     for name, row in x["rows"].items():
         cells = [cell(row[key], digits, "grpo" in key) for key, (_, digits) in columns.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['trace'][0]:.3g} | {row['groups']:.2f} |")
-    lines += ["", f"What the looks did to both signals: {numbers(x['looking'])}. Share of GRPO's noise that a perfect reward would remove, "
-              f"1 - SNR / SNR(oracle): {cell(x['removable'], 2)}.", "",
+    lines += ["", f"What the looks did to both signals: {numbers(x['looking'])}. Share of GRPO's noise that the oracle's reward lacks, "
+              f"1 - SNR / SNR(oracle): {cell(x['removable'], 2)} (below 0: the outcome teaches more than z).", "",
               "| | Dr | Ds | v_r | v_s | c | best beta | hurts past | rank correlation | best beta the same |", "|" + "---|" * 10]
     for kind, th in x["theory"].items():
         never = th["break_even"][0] == 1
@@ -353,7 +356,9 @@ Sketches of {WIDTH:,} numbers: squared norms are off by {math.sqrt(2 / WIDTH):.1
 - `gspo` is `grpo` here: at ratio 1 the two have one gradient; they differ from the second update on.
 - `dapo` drops groups of equal returns, so its SNR is that of a kept question; it pays for each with 1 / `groups` draws.
 - `ppo` is its first update, with a critic that says 0: the batch's mean is its only baseline. A trained critic is not measured.
-- `oracle` is `grpo` paid for the hit itself. It has no luck or misreading to remove, so its SNR is about what better rewards can give.
+- `oracle` is `grpo` paid for the hit itself: no luck, no misreading. If the outcome depended on the actions through z alone, as eq. 8 has
+  it, hardly a reward could beat it. Where `grpo` does, the outcome also teaches what z does not (to read, to name an option), and
+  neither eq. 8 nor eq. 19 can be expected to hold.
 - *eq. 8* takes z (all the evidence shown) from the world, and every moment from these rollouts. It leaves out the noise of which tokens
   were sampled, so compare the order of its columns and not their size. *eq. 19* adds that noise, from the measured `oracle` and `grpo`:
   at beta 0 it is the measurement, from beta .1 on a prediction."""]
