@@ -56,18 +56,18 @@ def curves(runs: list[dict]) -> None:
 
 
 def luck(runs: list[dict]) -> None:
-    """MAPO minus GRPO against the number of options, paired by seed."""
+    """MAPO minus GRPO against simulated luck, paired by seed."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for shift, (title, f, marker) in enumerate((("accuracy, steps 1-20", area, "o"),
                                                 ("hit, steps 1-20", lambda r: area(r, "hit"), "s"))):
-        for x, k in enumerate(("2", "4", "8", "0")):
-            found = {a: {r["seed"]: f(r) for r in runs if r["name"] == (a if k == "4" else f"{a}, {k} options")} for a in ("mapo", "grpo")}
+        for x, rho in enumerate(("0", "0.25", "0.5")):
+            found = {a: {r["seed"]: f(r) for r in runs if r["name"] == (a if rho == "0" else f"{a}, luck {rho}")} for a in ("mapo", "grpo")}
             pairs = [found["mapo"][s] - found["grpo"][s] for s in found["mapo"] if s in found["grpo"]]
             if pairs:
                 mean, half = mean_half(pairs)
                 axis.errorbar(x + .12 * shift, mean, half, marker=marker, color=("black", "0.5")[shift], capsize=4, label=title if x == 0 else None)
     axis.axhline(0, color="black", lw=.6)
-    axis.set(xticks=range(4), xticklabels=["2 options", "4", "8", "open"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
+    axis.set(xticks=range(3), xticklabels=["luck 0", "0.25", "0.5"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
     axis.legend()
     figure.tight_layout()
     figure.savefig(DOCS / "luck.png", dpi=80)
