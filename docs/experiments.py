@@ -26,9 +26,10 @@ SHORT = 20  # steps of the runs that compare learning speed
 
 def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
     """part -> name of a run -> (options of train.py, seeds)."""
-    run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--eval_questions", "200", *options], seeds)
+    run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--questions", "8", "--eval_questions", "200", *options], seeds)
     short = lambda algo, *options: run(algo, "--steps", str(SHORT), *options, seeds=range(3))
     return {
+        "default": {f"{algo}, 16 questions": run(algo, "--questions", "16", seeds=range(3)) for algo in ("mapo", "grpo")},
         "main": {algo: run(algo) for algo in ALGORITHMS},
         "luck": {f"{algo}, luck {luck}": short(algo, "--luck", luck) for luck in ("0.25", "0.5") for algo in ("mapo", "grpo")},
         "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
@@ -116,9 +117,12 @@ def page(runs: list[dict]) -> str:
     lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
              "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start, held-out questions (200) and steps are "
              "the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
+    if found := chosen("default"):
+        lines += ["## The default run", "", "`python train.py` and `python train.py --algo grpo`, 30 steps of 16 questions x 8 trajectories.", "",
+                  *table(found, COLUMNS, "mapo, 16 questions"), "", *table(found, SPEED, "mapo, 16 questions"), ""]
     if main := chosen("main"):
         start = main["mapo"][0]["results"]
-        lines += ["## Five algorithms", "", f"{len(main['mapo'][0]['curves']['accuracy'])} steps of 16 questions x 8 trajectories, "
+        lines += ["## Five algorithms", "", f"{len(main['mapo'][0]['curves']['accuracy'])} steps of 8 questions x 8 trajectories, "
                   f"two updates a batch. The start: accuracy {start['before greedy']['accuracy']:.3f} greedy, {start['before sampled']['accuracy']:.3f} "
                   f"sampled; gap {start['before greedy']['gap']:.3f} and {start['before sampled']['gap']:.3f}.", "", *table(main, COLUMNS, "mapo"), "", *table(main, SPEED, "mapo"), "",
                   "| | steps to 0.5 | steps to 0.7 | seconds a step | groups with signal | calls at the end |", "|---|---|---|---|---|---|"]
