@@ -219,8 +219,7 @@ class Policy:
         index = torch.tensor([next(i for i, d in enumerate(distinct) if d is p) for p in prompts], device=self.device)
         cache = Cache(layer_class_to_replicate=Repeatable)
         _, past, ends = self.hidden([Tokens(p.ids[:-1], p.grids, p.features) for p in distinct], left=True, cache=cache)
-        for layer in cache.layers:
-            layer.past = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        cache = Cache(layers=[Repeatable((l.keys.index_select(0, index), l.values.index_select(0, index))) for l in cache.layers])
         rest = [Tokens(t.ids[len(p.ids) - 1:], t.grids[len(p.grids):], t.features[len(p.grids):]) for t, p in zip(batch, prompts)]
         return self.hidden(rest, [ends[i] for i in index.tolist()], past=past[index], cache=cache)[0]
 
@@ -320,7 +319,10 @@ class Spare(DynamicLayer):
 class Repeatable(DynamicLayer):
     """A cache layer for training: `past` and what comes now. It forgets what came before, so that activation
     checkpointing may run the same update twice."""
-    past = None
+
+    def __init__(self, past: tuple[Tensor, Tensor] | None = None):
+        super().__init__()
+        self.past = past
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.past:
