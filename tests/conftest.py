@@ -68,7 +68,7 @@ def random_model(folder: Path, name: str) -> None:
     learn_to_speak(folder, vocabulary=151_936 if third else 560)
 
 
-def learn_to_speak(folder: Path, vocabulary: int, steps: int = 180) -> None:
+def learn_to_speak(folder: Path, vocabulary: int, steps: int = 120) -> None:
     """Imitate conversations at random: none to two looks at random boxes, a random option. Otherwise no turn of a random model
     ends, looks or is right, and nothing that follows would be tested."""
     import random
@@ -80,7 +80,7 @@ def learn_to_speak(folder: Path, vocabulary: int, steps: int = 180) -> None:
     qs = world_questions(World(), 0, "train", 0, 4)
     images = policy.encode_images([fit(q.open(), policy.resolution) for q in qs])
     crops = policy.encode_images([fit(q.open(), policy.resolution.crop()) for q in qs])
-    boxes = [(0, 0, 40, 40), (8, 40, 48, 80), (40, 8, 80, 48), (16, 16, 64, 64)]
+    boxes = [(0, 8, 40, 48), (16, 24, 64, 72), (0, 24, 64, 72), (16, 8, 40, 48)]  # a number tells its place: easily learnt
 
     def conversation():
         i = dice.randrange(4)

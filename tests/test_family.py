@@ -3,9 +3,9 @@
 Random Qwen2.5-VL and Qwen3-VL directories (conftest.py) must give what transformers gives, sample what they train, and train,
 stop, resume and be evaluated by the real commands, without a branch on a model's name. Then tiny/ on one rank and on two.
 """
-import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -40,10 +40,10 @@ def model(request, directories):
 
 @pytest.fixture(scope="module")
 def sampled(model):
-    """24 trajectories of 1 to 3 turns, and how often the batch shrank while they were sampled."""
+    """15 trajectories of 1 to 3 turns, and how often the batch shrank while they were sampled."""
     shrank, real = [], policy_module.Spare.absorb
     policy_module.Spare.absorb = lambda *arguments: shrank.append(1) or real(*arguments)
-    part = collect(model, world_questions(World(), 0, "test", 0, 6), 4, 3, 26, generator=torch.Generator().manual_seed(0))
+    part = collect(model, world_questions(World(), 0, "test", 0, 5), 3, 3, 26, generator=torch.Generator().manual_seed(0))
     policy_module.Spare.absorb = real
     return part, len(shrank) // 2  # layers
 
@@ -74,7 +74,7 @@ def test_hidden_states_equal_transformers_own(model):
 def test_sampled_equals_recomputed(model, sampled):
     """Ratio 1 before a step, with looks (several images a sequence), shrinking batches, padding, shared prompts and not."""
     trajectories, shrank = sampled
-    assert shrank > 0 and max(len(t.looks) for t in trajectories) == 2 and {len(t.turns) for t in trajectories} == {1, 2, 3}
+    assert shrank > 0 and max(len(t.looks) for t in trajectories) == 2 and {len(t.turns) for t in trajectories} >= {2, 3}
     lengths = [sum(t.mask) for t in trajectories]
     assert max(lengths) > 5 * min(lengths)
     tokens, masks = [t.tokens for t in trajectories], [t.mask for t in trajectories]
@@ -83,7 +83,6 @@ def test_sampled_equals_recomputed(model, sampled):
         for prompts in (None, [t.prompt for t in trajectories]):
             logp, entropy, _ = model.logprobs(tokens, masks, prompts=prompts)
             assert ((logp - old) * mask).abs().max() < 1e-4 and entropy[mask].mean() > .05
-    assert all(i < len(model.tokenizer) for t in tokens for i in t.ids)  # of a larger vocabulary
 
 
 def test_semantic_scores(model, sampled):
@@ -153,12 +152,12 @@ def torchrun(*arguments):
 
 
 def small(model, out, **changes):
-    return Config(**dict(model=str(model), out=str(out), beta=.4, steps=2, questions=4, group=4, max_turns=2, max_tokens=26,
+    return Config(**dict(model=str(model), out=str(out), beta=.4, steps=2, questions=2, group=4, max_turns=2, max_tokens=26,
                          eval_questions=0, save_every=99, lr=1e-3, timeout=120.) | changes)
 
 
 def flags(config):
-    return [word for key, value in vars(config).items() if value not in (False, "") for word in (f"--{key}", value)[:1 if value is True else 2]]
+    return [word for key, value in vars(config).items() if value is not False and value != "" for word in (f"--{key}", value)[:1 if value is True else 2]]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def trained(directories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     file = write_jsonl(world_questions(World(), 0, "train", 0, 8), folder / "data")
     for name in FAMILY:
-        done = torchrun(*flags(small(directories[name], folder / name, data=str(file), test=str(file), eval_questions=4,
+        done = torchrun(*flags(small(directories[name], folder / name, data=str(file), test=str(file), eval_questions=4 * (name == FAMILY[0]),
                                      coordinates=dict(zip(FAMILY, ("pixels", "1000")))[name], recompute=True)))
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / name / "stdout").write_text(done.stdout)
@@ -182,14 +181,14 @@ def metrics(folder):
 def test_two_ranks_train(name, directories, trained):
     """Signal, gradients and scores from both ranks; the language model moved, the vision tower not; boxes as asked."""
     lines = metrics(trained / name)
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled"] == 16 and len(list(trained.glob(f"{name}/step-000002/state-*.pt"))) == 2
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled"] == 8 and len(list(trained.glob(f"{name}/step-000002/state-*.pt"))) == 2
     assert all(0 < line["grad_norm"] < math.inf and line["signal_groups"] > 0 and line["calls"] > 0 and line["semantic"] > 0 for line in lines)
     assert all(line["logp_gap"] < 1e-4 for line in lines)
     before, after = load_file(directories[name] / "model.safetensors"), load_file(trained / name / "model.safetensors")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert all(("visual" in key) != (key in moved) for key in before)
     assert json.loads((trained / name / "agent.json").read_text())["coordinates"] == dict(zip(FAMILY, ("pixels", "1000")))[name]
-    assert "after training, sampled" in (trained / name / "stdout").read_text()
+    assert ("after training, sampled" in (trained / name / "stdout").read_text()) == (name == FAMILY[0])
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -220,7 +219,7 @@ def fixed():
     return policy, trajectories, torch.linspace(-1, 1, 16).roll(5)
 
 
-def three_steps(policy, trajectories, advantage, share=None, mean="mapo", **changes):
+def three_steps(policy, trajectories, advantage, share=None, algo="mapo", **changes):
     """accumulate + step, three times, on this rank's groups (by default every N-th) -> the parameters, and the first statistics.
     The policy is left as it was."""
     share = [i for i in range(16) if i // 4 % world() == rank()] if share is None else share
@@ -230,7 +229,7 @@ def three_steps(policy, trajectories, advantage, share=None, mean="mapo", **chan
     optimiser, mine = ShardedAdamW(parameters, eps=1e-4), [trajectories[i] for i in share]
     first = None
     for _ in range(3):
-        stats = accumulate(policy, [optimiser], mine, spread(advantage[share], mine), Config(**changes), mapo.ALGORITHMS[mean])
+        stats = accumulate(policy, [optimiser], mine, spread(advantage[share], mine), Config(**changes), mapo.ALGORITHMS[algo])
         first = first or stats | {"micro": len(optimiser.micro_squares)}
         optimiser.clip(1.)
         optimiser.step(1e-3)
@@ -256,23 +255,22 @@ def on_two_ranks(folder, runs, directories):
     policy, trajectories, advantage = fixed()
     seen = {"one": three_steps(policy, trajectories, advantage, micro_tokens=10**9),
             "four": three_steps(policy, trajectories, advantage, micro_tokens=700),
-            "token": three_steps(policy, trajectories, advantage, mean="dapo", micro_tokens=700),
+            "token": three_steps(policy, trajectories, advantage, algo="dapo", micro_tokens=700),
             "no signal": three_steps(policy, trajectories, no_signal(advantage), micro_tokens=700),
             "uneven": three_steps(policy, trajectories, advantage, [UNEVEN, [12, 13, 14, 15]][rank()], micro_tokens=700)}
     for algo in ("ppo", "dapo"):
-        seen[algo] = train(small(ROOT / "tiny", f"{folder}/{algo}", algo=algo, steps=2, max_tokens=64))
+        seen[algo] = train(small(ROOT / "tiny", f"{folder}/{algo}", algo=algo, questions=4, data=f"{runs}/data/questions.jsonl"))
     for name, model in directories.items():
         again = dict(data=f"{runs}/data/questions.jsonl", coordinates=dict(zip(FAMILY, ("pixels", "1000")))[name], recompute=True, steps=3)
         train(small(model, f"{folder}/{name}", **again))
         train(small(model, f"{folder}/{name}-resumed", **again, resume=True))
-        seen[f"{name} bfloat16"] = train(small(model, f"{folder}/{name}-bfloat16", **again | dict(steps=2, dtype="bfloat16")))
+        seen[f"{name} bfloat16"] = train(small(model, f"{folder}/{name}-bfloat16", **again | dict(steps=1, dtype="bfloat16")))
     torch.save(seen, f"{folder}/seen-{rank()}")
 
 
 @pytest.fixture(scope="module")
 def two(trained, directories, tmp_path_factory):
     """What each of two ranks saw, and the folder of their runs; `.._resumed` goes on from torchrun's checkpoints."""
-    import shutil
     folder = tmp_path_factory.mktemp("two")
     for name in FAMILY:
         shutil.copytree(trained / name, folder / f"{name}-resumed")
@@ -294,7 +292,6 @@ def test_two_ranks_resume_bit_for_bit(name, two):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_resume_on_one_rank_runs(name, trained, directories, tmp_path):
-    import shutil
     shutil.copytree(trained / name, tmp_path / name)
     assert train(small(directories[name], tmp_path / name, steps=3, resume=True))["step"] == 3
     assert [line["step"] for line in metrics(tmp_path / name)] == [1, 2, 3]
@@ -322,7 +319,7 @@ def alone():
     policy, trajectories, advantage = fixed()
     return {"one": three_steps(policy, trajectories, advantage, micro_tokens=10**9),
             "four": three_steps(policy, trajectories, advantage, micro_tokens=1000),
-            "token": three_steps(policy, trajectories, advantage, mean="dapo", micro_tokens=10**9),
+            "token": three_steps(policy, trajectories, advantage, algo="dapo", micro_tokens=10**9),
             "no signal": three_steps(policy, trajectories, no_signal(advantage), micro_tokens=10**9)}
 
 
@@ -337,7 +334,7 @@ def test_ranks_and_micro_batches_change_nothing(case, reference, two, alone):
     assert (expected - start).abs().max() > 100 * TOLERANCE and (alone["four"][0] - alone["one"][0]).abs().max() < TOLERANCE
     for key in ("loss", "entropy", "grad_norm"):
         assert stats[key] == others[key] == pytest.approx(reference_stats[key], rel=1e-3, abs=1e-6)
-    pieces = (stats["micro"], others["micro"])
+    pieces = stats["micro"], others["micro"]
     assert {"one": pieces == (1, 1), "no signal": pieces[1] == 0 < pieces[0], "uneven": pieces[0] > pieces[1] > 0}.get(case, min(pieces) >= 2)
 
 
@@ -355,7 +352,7 @@ def test_a_rank_that_fails_ends_all_and_is_named(tmp_path):
     file = write_jsonl(world_questions(World(), 0, "train", 0, 1), tmp_path)
     line = json.loads(file.read_text())
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    config = small(ROOT / "tiny", tmp_path / "run", data=str(file), questions=2, steps=400, lr=0.)
+    config = small(ROOT / "tiny", tmp_path / "run", data=str(file), steps=400)
     file.write_text("\n".join(json.dumps(line | {"id": str(i)}) for i in range(160)))
     stream = Questions(config)
     broken = next(q.id for step in range(1, 80) if int((q := stream(step)[1]).id) >= 64)  # the first 64 are opened for the scorer
@@ -363,4 +360,4 @@ def test_a_rank_that_fails_ends_all_and_is_named(tmp_path):
     start = time.time()
     done = torchrun(*flags(config))
     assert done.returncode != 0 and time.time() - start < 60
-    assert f"questions.jsonl:{int(broken) + 1}" in done.stderr and "rank 1 of 2" in done.stderr
+    assert f"train.py: rank 1 of 2: {file}:{int(broken) + 1}: " in done.stderr and "broken.png" in done.stderr
