@@ -263,13 +263,16 @@ def read_jsonl(path: str | Path) -> Iterator[Question]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one JSON object a line")
+    offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield parse_record(line, path, f"{path}:{number}", default_id=f"{path.stem}-{number}")
+                yield parse_record(line, path, f"{path}:{number}", f"{path.stem}-{number}", offset)
+            offset += len(line)
 
 
-def parse_record(line: bytes, path: Path, where: str, default_id: str) -> Question:
+def parse_record(line: bytes, path: Path, where: str, default_id: str, offset: int) -> Question:
+    """`offset`: where the line begins in the file, so that a picture in base64 is read again instead of held."""
     def fail(name, expected, found):
         found = repr(found)
         raise DataError(f"{where}: field '{name}': expected {expected}, found {found[:80]}")
@@ -296,30 +299,39 @@ def parse_record(line: bytes, path: Path, where: str, default_id: str) -> Questi
             fail(name, "[x1, y1, x2, y2] with x1 < x2 and y1 < y2", value)
         return tuple(value)
 
+    def again() -> str:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return json.loads(file.read(len(line)))["image"]
+
     boxes, objects = record.get("boxes") or [], record.get("objects") or {}
     if not isinstance(boxes, list):
         fail("boxes", "a list of boxes", boxes)
     if not isinstance(objects, dict):
         fail("objects", "an object of name: box", objects)
-    return Question(record["question"], record["answer"], image_opener(record["image"], path.parent, where),
+    return Question(record["question"], record["answer"], image_opener(record["image"], path.parent, where, again),
                     tuple(choices), str(record.get("category") or ""), tuple(as_box("boxes", b) for b in boxes),
                     {k: as_box("objects", b) for k, b in objects.items()},
                     id=str(record.get("id") or default_id))
 
 
-def image_opener(text: str, folder: Path, where: str) -> Callable[[], Image.Image]:
-    """A function that opens the image named (or contained, as base64) in `text`. Checked now, opened when asked."""
+def image_opener(text: str, folder: Path, where: str, again: Callable[[], str] | None = None) -> Callable[[], Image.Image]:
+    """A function that opens the image named (or contained, as base64) in `text`. Checked now, opened when asked; `again`
+    reads the text anew then, so that a list of questions holds no pictures."""
+    def decode(text: str) -> bytes:
+        try:
+            return base64.b64decode(text.split(",", 1)[-1] if text.startswith("data:") else text, validate=True)
+        except (binascii.Error, ValueError):
+            return b""
+
     file = folder / text if len(text) < 1024 else None
     if file is not None and os.path.isfile(file):  # unlike Path.is_file, False for a name that is too long
         source = lambda: file
+    elif len(decode(text)) < 16:
+        raise DataError(f"{where}: field 'image': expected a file beside {folder} or base64, found {text[:60]!r}")
     else:
-        try:
-            data = base64.b64decode(text.split(",", 1)[-1] if text.startswith("data:") else text, validate=True)
-        except (binascii.Error, ValueError):
-            data = b""
-        if len(data) < 16:
-            raise DataError(f"{where}: field 'image': expected a file beside {folder} or base64, found {text[:60]!r}")
-        source = lambda: io.BytesIO(data)
+        again = again or (lambda: text)
+        source = lambda: io.BytesIO(decode(again()))
 
     def load():
         try:
