@@ -121,7 +121,7 @@ def draw(policy: Policy, scorer: Scorer, stream: "Questions", step: int, config:
                        config.max_tokens, config.temperature, generator)
         score(part, scorer, config.describe)
         if config.luck:
-            for trajectory, u in zip(part, torch.rand(len(part), generator=generator).tolist()):
+            for trajectory, u in zip(part, torch.rand(len(part), generator=generator, device=policy.device).tolist()):
                 trajectory.lucky = u < config.luck
         sampled += part
         signal = mapo.has_signal(mapo.coupled_return(*rewards(part), config.beta, config.lam), config.group)
@@ -325,6 +325,15 @@ def newest_checkpoint(out: str) -> Path | None:
     return max((p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file()), default=None)
 
 
+def check_settings(folder: Path, config: Config) -> None:
+    """Raises ValueError if the checkpoint's run had other settings: what goes on would be neither run."""
+    before, now = torch.load(folder / "state-0.pt", weights_only=True)["config"], dataclasses.asdict(config)
+    free = {"steps", "out", "resume", "save_every", "eval_questions", "test", "device", "threads", "timeout", "recompute", "micro_tokens"}
+    if changed := [key for key in now if key not in free and before.get(key, now[key]) != now[key]]:
+        raise ValueError(f"{folder}: --resume expected the same settings, found " + "; ".join(
+            f"--{key} {before[key]!r} there and {now[key]!r} now" for key in changed))
+
+
 def load_checkpoint(folder: Path, optimisers: list[shard.ShardedAdamW], generator: torch.Generator) -> int:
     """Everything but the model directory; returns the steps done. A rank that was not there has a fresh random state."""
     for number, optimiser in enumerate(optimisers):
@@ -373,6 +382,8 @@ def train(config: Config) -> dict:
         checkpoint = newest_checkpoint(config.out) if config.resume else None
         if config.resume and not checkpoint:
             raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state-0.pt")
+        if checkpoint:
+            check_settings(checkpoint, config)
         stream, tests = Questions(config), held_out(config)
         dtype = getattr(torch, config.dtype)
         base, policy = (Policy(path, device, dtype, config.coordinates) for path in (config.model, checkpoint or config.model))

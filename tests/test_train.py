@@ -185,6 +185,26 @@ def test_resume_survives_a_torn_checkpoint(tmp_path):
         train(small(tmp_path, steps=4, resume=True))
 
 
+def test_resume_refuses_other_settings(tmp_path):
+    """A run that goes on with another seed or algorithm would be neither; what is different is named."""
+    train(small(tmp_path, steps=1))
+    with pytest.raises(ValueError, match="--seed 0 there and 1 now"):
+        train(small(tmp_path, steps=2, seed=1, resume=True))
+
+
+def test_simulated_luck_pays_what_is_wrong(tmp_path):
+    """--luck 1 pays every trajectory: no group has a signal without the score, and accuracy, measured on the answers, does not rise."""
+    metrics = train(small(tmp_path, steps=1, luck=1., algo="grpo", beta=0.))
+    assert metrics["signal_groups"] == 0 and metrics["grad_norm"] == 0 and metrics["accuracy"] < 1
+
+
+def test_dynamic_sampling_keeps_only_groups_with_signal(tmp_path):
+    """DAPO draws again for groups of equal returns, ten times at most: more is sampled than learnt from, never the reverse."""
+    metrics = train(small(tmp_path, steps=1, questions=4, algo="dapo", beta=0.))
+    assert metrics["sampled"] >= 16 and metrics["sampled"] % 4 == 0
+    assert train(small(tmp_path, steps=1, questions=2, algo="dapo", beta=0., luck=1.))["sampled"] == 10 * 2 * 4
+
+
 def test_vision_tower_stays_frozen(tmp_path):
     train(small(tmp_path, steps=2))
     before, after = weights(ROOT / "tiny"), weights(tmp_path / "run")
