@@ -265,7 +265,7 @@ def main() -> None:
     try:
         run(args)
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {shard.named(error)}")
     finally:
         shard.cleanup()
 

@@ -154,8 +154,8 @@ def grounded(trajectory: Trajectory) -> bool:
 
 
 def measure(trajectories: list[Trajectory], total: Callable[[float], float] = lambda x: x) -> dict[str, float | None]:
-    """Shares and means over trajectories (of all ranks, if `total` sums over them): accuracy; calls (looks a trajectory); valid (turns without error); hit (all
-    evidence shown); gap (looks that are astray); lucky (right answers without a hit); semantic (mean score of looks)."""
+    """Shares and means over trajectories (of all ranks, if `total` sums over them): accuracy; calls (looks a trajectory); valid
+    (turns without error); hit (all evidence shown); gap (looks that are astray); lucky (right answers without a hit); semantic (mean score of looks)."""
     def mean(values: list) -> float | None:
         top, bottom = total(float(sum(values))), total(float(len(values)))
         return top / bottom if bottom else None

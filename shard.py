@@ -55,6 +55,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def named(error: Exception) -> str:
+    """The error's text, with this rank's name if there are several: the others may be ended before they can say who it was."""
+    return str(error) if world() == 1 or isinstance(error, RankFailed) else f"rank {rank()} of {world()}: {error}"
+
+
 def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started; without torchrun, or with one rank, nothing. Returns this rank's device.
 

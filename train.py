@@ -513,8 +513,7 @@ if __name__ == "__main__":
         else:
             train(config)
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
-        who = "" if shard.world() == 1 or isinstance(error, shard.RankFailed) else f"rank {shard.rank()} of {shard.world()}: "
-        sys.exit(f"train.py: {who}{error}")  # the other ranks may be ended before they can say who it was
+        sys.exit(f"train.py: {shard.named(error)}")
     finally:
         main_rank = shard.rank() == 0
         shard.cleanup()
