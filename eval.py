@@ -56,7 +56,7 @@ def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = 
         if scorer:
             score(part, scorer)
         for trajectory in part:  # numbers and crops stay, features go
-            trajectory.tokens.features = []
+            trajectory.prompt.features = trajectory.tokens.features = []
             for turn in trajectory.turns:
                 turn.crop_tokens = None
         trajectories += part
@@ -194,8 +194,8 @@ def run(args: argparse.Namespace) -> None:
         if args.data:
             name, questions = benchmarks.load(args.data)
         else:
-            questions = world_questions(World(options=args.options), 0, "test", 0, 500)
-        questions = questions[:args.n]
+            questions = world_questions(World(options=args.options), 0, "test", 0, 500 if args.n is None else args.n)
+        every, questions = questions, questions[:args.n]
         if not questions:
             raise DataError(f"{args.data or '--n'}: no questions")
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
         settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens",
                                                         "no_tools", "dtype", "coordinates")}
         settings |= {"encoder": base, "weights": weights_of(policy),
-                     "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in questions))}
+                     "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in every))}
         if rank == 0:
             prepare(out, settings, args.resume)
         scorer = None

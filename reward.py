@@ -33,8 +33,8 @@ SHARPNESS, THRESHOLD = 1.5, 2.0   # k and z0 of eq. 7
 # ---- outcome -------------------------------------------------------------------------------------------------------
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation around words, single spaces."""
-    return " ".join(re.findall(r"[\w.%-]*\w[\w%-]*", text.lower()))
+    """Lower case, single spaces, without punctuation that is no part of a word (a text of signs alone stays as it is)."""
+    return " ".join(re.findall(r"[\w.%<>+#$-]*\w[\w%+#]*", text.lower())) or text.strip()
 
 
 def choose(answer: str, choices: tuple[str, ...]) -> int | None:
@@ -144,7 +144,7 @@ def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
 
 def astray(turn, question: Question) -> bool:
     """The crop does not hold what the label names (a label that names nothing in the image is astray too)."""
-    named = [box for name, box in question.objects.items() if name in turn.call.label.lower()]
+    named = [box for name, box in question.objects.items() if name.lower() in turn.call.label.lower()]
     return not any(holds(turn.box, box) for box in named)
 
 

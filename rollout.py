@@ -80,7 +80,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
         active = [active[row] for row in kept]
         if not active:
             break
-        session.keep(kept)
+        if len(kept) < len(session.mask):
+            session.keep(kept)
         latest = [trajectories[i].turns[-1] for i in active]
         places = {(i // group, turn.box): turn.crop for i, turn in zip(active, latest) if turn.crop}  # many look alike
         crops = dict(zip(places, policy.encode_images(list(places.values()))))

@@ -65,7 +65,7 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
 
     timeout: seconds after which waiting for another rank is an error; longer than the slowest rank's longest lone phase."""
     global DEVICE, TIMEOUT, STORE
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

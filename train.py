@@ -5,7 +5,10 @@ What it teaches: the whole loop of agentic RL on one page, nothing hidden in a f
     1. sample `group` trajectories for each of `questions` questions           rollout.py
     2. outcome r, and the semantic score s of every look                       reward.py, frozen base model
     3. couple both in the return, normalise in the group                       mapo.py
-    4. accumulate the clipped loss over micro-batches and ranks, AdamW         here, shard.py
+    4. `updates` times: accumulate the clipped loss over micro-batches and ranks, AdamW     here, shard.py
+
+DAPO draws again where a group has no signal, PPO has a critic instead of the group; both are rows of mapo.ALGORITHMS.
+A checkpoint every `save_every` steps; --resume goes on from the newest one.
 
 What is left out: no KL penalty and no reference policy in the loss (kl is measured, not punished), no asynchronous
 sampling; the vision tower stays frozen, so that each image is encoded once and serves sampling, training and the
@@ -73,7 +76,7 @@ class Config:
     test: str = dataclasses.field(default="", metadata={"help": ".jsonl of held-out questions, with --data"})
     options: int = dataclasses.field(default=4, metadata={"help": "the world's luck: options of a mark question, 0 or 2 to 8"})
     eval_questions: int = dataclasses.field(default=400, metadata={"help": "held-out questions before and after"})
-    save_every: int = dataclasses.field(default=50, metadata={"help": "steps between checkpoints"})
+    save_every: int = dataclasses.field(default=10, metadata={"help": "steps between checkpoints"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of questions and sampling"})
     device: str = dataclasses.field(default="cpu", metadata={"help": "cpu or cuda"})
     dtype: str = dataclasses.field(default="float32", metadata={"help": "of the weights, float32 or bfloat16; the optimiser is float32"})
@@ -99,10 +102,18 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.error(f"--dtype: expected float32 or bfloat16, found {config.dtype!r}")
     if config.coordinates not in ("", "pixels", "1000"):
         parser.error(f"--coordinates: expected pixels or 1000, found {config.coordinates!r}")
+    if min(config.max_turns, config.max_tokens, config.save_every, config.threads) < 1 or config.temperature <= 0 or config.lr <= 0:
+        parser.error("--max_turns, --max_tokens, --save_every, --threads must be at least 1, --temperature and --lr above 0")
+    if config.beta > 1 or not 0 < config.lam <= 1 or config.credit not in ("trajectory", "turn"):
+        parser.error(f"expected --beta up to 1, --lam in (0, 1], --credit trajectory or turn; found {config.beta}, {config.lam}, {config.credit!r}")
+    if config.test and not config.data:
+        parser.error("--test: needs --data, the questions to train on")
     if config.group < 2 or config.questions < 1 or config.steps < 1 or config.updates < 1:
         parser.error("--group must be at least 2 (a group of one has no baseline); --questions, --steps, --updates at least 1")
     config.beta = mapo.ALGORITHMS[config.algo].beta if config.beta < 0 else config.beta
     config.out = config.out or f"runs/{config.algo}"
+    if Path(config.model).resolve() == Path(config.out).resolve():
+        parser.error(f"--out: expected another folder than --model, found {config.out} for both")
     return config
 
 
@@ -233,16 +244,19 @@ def accumulate(policy: Policy, optimisers: list[shard.ShardedAdamW], trajectorie
             loss, more = mapo.loss(logp, cut(old), cut(advantage), w, low, high, row.ratio)
             if critic:
                 more["value_loss"] = mapo.value_loss(values, cut(critic[0]), cut(critic[1]), w)
-            (loss + more.get("value_loss", 0)).backward()
+            losses = [loss, *([more["value_loss"]] if critic else [])]      # two graphs: the value head reads detached states
             for key, value in {"loss": loss, "entropy": (w * entropy).sum(), **more}.items():
                 stats[key] += value.item()
             shares.append(w.sum().item())
             logp_gap = max(logp_gap, (logp - cut(old)).abs()[w > 0].max().item())
-        for optimiser in optimisers:
+        for number, optimiser in enumerate(optimisers):                     # in one order on all ranks, also on one without a batch
+            if batch is not None:
+                losses[number].backward()
             optimiser.finish_micro_batch()
     stats = {key: shard.all_sum(value) for key, value in stats.items()}
-    stats["entropy"] /= max(shard.all_sum(sum(shares)), 1e-8)
-    stats["logp_gap"] = shard.all_sum(logp_gap, "MAX")          # sampler against trainer, before the first update
+    learnt = max(shard.all_sum(sum(shares)), 1e-8)
+    stats |= {key: stats[key] / learnt for key in ("entropy", "kl", "clip_fraction")}       # means over what was learnt from
+    stats["logp_gap"] = shard.all_sum(logp_gap, "MAX")
     stats["grad_norm"] = optimisers[0].norm()
     return stats | noise(optimisers[0].micro_squares, shares, stats["grad_norm"] ** 2)
 
@@ -305,6 +319,7 @@ def save_checkpoint(policy: Policy, optimisers: list[shard.ShardedAdamW], genera
         if shard.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             policy.save(aside)
+            note_start(aside, config)
             for number in range(len(optimisers)):
                 (aside / f"optimiser-{number}").mkdir()
     for number, optimiser in enumerate(optimisers):
@@ -341,8 +356,16 @@ def load_checkpoint(folder: Path, optimisers: list[shard.ShardedAdamW], generato
     with shard.together():
         state = torch.load(folder / "state-0.pt", weights_only=True)
         if (mine := folder / f"state-{shard.rank()}.pt").is_file():
-            generator.set_state(torch.load(mine, weights_only=True)["generator"])
+            saved = torch.load(mine, weights_only=True)["generator"]
+            if len(saved) == len(generator.get_state()):  # a CPU's state does not fit CUDA's generator
+                generator.set_state(saved)
     return state["step"]
+
+
+def note_start(folder: Path, config: Config) -> None:
+    """train.json: the settings, and with them the frozen model that eval.py shall score with, from any working directory."""
+    model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    (folder / "train.json").write_text(json.dumps(dataclasses.asdict(config) | {"model": model}, indent=1))
 
 
 def publish(policy: Policy, config: Config) -> None:
@@ -350,7 +373,7 @@ def publish(policy: Policy, config: Config) -> None:
     aside = Path(config.out) / "saving"
     shutil.rmtree(aside, ignore_errors=True)
     policy.save(aside)
-    (aside / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    note_start(aside, config)
     for file in aside.iterdir():
         file.replace(Path(config.out) / file.name)
     aside.rmdir()
@@ -377,6 +400,8 @@ def train(config: Config) -> dict:
     device = shard.setup(config.device, config.timeout)
     out, row, main = Path(config.out), mapo.ALGORITHMS[config.algo], shard.rank() == 0
     with shard.together():
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU")
         if config.questions % shard.world():
             raise ValueError(f"--questions: expected a multiple of {shard.world()} ranks, found {config.questions}")
         checkpoint = newest_checkpoint(config.out) if config.resume else None
@@ -406,7 +431,7 @@ def train(config: Config) -> dict:
             keep_lines(out / "metrics.jsonl", first)
             keep_lines(out / "trajectories.jsonl", first)
         elif main:  # everything has loaded: only now may the old run's lines and checkpoints go
-            for old in [*out.glob("step-*"), out / "metrics.jsonl", out / "trajectories.jsonl"]:
+            for old in [*out.glob("step-*"), *(out / name for name in ("metrics.jsonl", "trajectories.jsonl", "results.json", "films.png"))]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def judge(p: Policy) -> dict[str, list[Trajectory]]:  # of this rank's part of the held-out questions
@@ -446,13 +471,14 @@ def train(config: Config) -> dict:
                                           if metrics[k] is not None))
             if trouble := collapse(metrics):
                 tqdm.write(f"step {step + 1}: collapse: {trouble}")
+        del trajectories, sampled, advantage, critic  # their features must not lie beside the next step's
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_checkpoint(policy, optimisers, generator, step + 1, config)
     with shard.together():
         if main:
             publish(policy, config)
     if tests:
-        report(before, judge(policy), config)
+        report(before, judge(policy), tests, config)
     return metrics
 
 
@@ -461,12 +487,12 @@ def turn_advantages(advantage: Tensor, trajectory: Trajectory) -> list[float]:
     return [round(advantage[turn.tokens.stop - 2].item(), 4) for turn in trajectory.turns]
 
 
-def report(before: dict, after: dict, config: Config) -> None:
+def report(before: dict, after: dict, tests: list[Question], config: Config) -> None:
     """The before/after table over all ranks, its numbers in results.json, and film strips of the same questions."""
     out, results = Path(config.out), {}
     for name in before:
         for moment, runs in (("before", before), ("after", after)):
-            rows = summary(runs[name], held_out(config), shard.all_sum)
+            rows = summary(runs[name], tests, shard.all_sum)
             m = rows["all"]
             results[f"{moment} {name}"] = {**m, "interval": wilson(m["accuracy"] * m["n"], m["n"]), "categories": rows}
             if shard.rank() == 0:
@@ -493,8 +519,15 @@ def append(file: Path, records: list[dict]) -> None:
 def keep_lines(file: Path, steps: int) -> None:
     """Drop lines written after the checkpoint that a run resumes from."""
     if file.is_file():
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= steps]
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if step_of(line) <= steps]
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # torn by the kill
+        return math.inf
 
 
 def peak_mb(device: str) -> float:

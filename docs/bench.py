@@ -52,6 +52,7 @@ from data import World, world_questions
 from policy import Policy, Session, Tokens
 from reward import Scorer, score
 from rollout import Trajectory, Turn, act, collect, extend
+from shard import ShardedAdamW
 from tools import Resolution, fit
 
 TARGETS = {  # row of the results -> (target in words, whether larger is better, number)
@@ -64,16 +65,27 @@ TARGETS = {  # row of the results -> (target in words, whether larger is better,
 
 # ---- what the project gives: the only functions here that know how it is called ------------------------------------------
 
-def load(path) -> tuple[Policy, list[torch.Tensor]]:
-    """A policy whose vision tower is frozen, as train.py has it, and its trained parameters."""
+def load(path) -> tuple[Policy, ShardedAdamW]:
+    """A policy whose vision tower is frozen, as train.py has it, and the optimiser that gathers its gradients."""
     policy = Policy(path)
     policy.model.requires_grad_(False)
-    return policy, [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+    return policy, ShardedAdamW([p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n])
 
 
-def our_update(policy: Policy, parameters, trajectories, advantage, micro_tokens: int = 6144) -> None:
-    config = train.parse_config(["--algo", "grpo", "--micro_tokens", str(micro_tokens)])
-    train.accumulate(policy, parameters, trajectories, advantage, config, mapo.ALGORITHMS["grpo"])
+def our_update(policy: Policy, optimiser: ShardedAdamW, trajectories, advantage, micro_tokens: int = 6144, algo: str = "grpo") -> None:
+    config = train.parse_config(["--algo", algo, "--micro_tokens", str(micro_tokens)])
+    train.accumulate(policy, [optimiser], trajectories, train.spread(advantage, trajectories), config, mapo.ALGORITHMS[algo])
+
+
+def our_gradient(optimiser: ShardedAdamW) -> torch.Tensor:
+    """Flat, in the order of the model's parameters: buckets have it backwards."""
+    pieces = [b.gradient[span] for b in optimiser.buckets for span in b.spans]
+    return torch.cat(pieces[::-1])
+
+
+def empty(policy: Policy, question, prompt: Tokens, overview) -> Trajectory:
+    n = len(prompt.ids)
+    return Trajectory(question, prompt, prompt + Tokens([]), [False] * n, [0.] * n, overview.size, policy.space(overview.size))
 
 
 def questions_of(count: int, start: int = 0) -> list:
@@ -91,11 +103,8 @@ def our_forced(policy: Policy, scenes, group: int, turns: int, tokens: int, gene
     try:
         overviews = [fit(image, policy.resolution) for _, image in scenes]
         prompts = [policy.prompt(image, q.prompt) for image, (q, _) in zip(policy.encode_images(overviews), scenes)]
-        trajectories = []
-        for prompt, (question, _), overview in zip(prompts, scenes, overviews):
-            for _ in range(group):
-                n = len(prompt.ids)
-                trajectories.append(Trajectory(question, prompt + Tokens([]), [False] * n, [0.] * n, overview.size))
+        trajectories = [empty(policy, question, prompt, overview) for prompt, (question, _), overview in zip(prompts, scenes, overviews)
+                        for _ in range(group)]
         session = Session(policy, prompts, group)
         for turn in range(turns):
             for trajectory, ids, logps in zip(trajectories, *session.sample(tokens, 1.0, generator)):
@@ -104,8 +113,8 @@ def our_forced(policy: Policy, scenes, group: int, turns: int, tokens: int, gene
                 extend(trajectory, Tokens(ids), logps)
                 trajectory.turns.append(Turn(policy.decode(ids), slice(start, start + len(ids))))
             if turn + 1 < turns:
-                crops = policy.encode_images([fixed_crop(scenes[i // group][1]) for i in range(len(trajectories))])
-                observations = [policy.observation(crop) for crop in crops]
+                crops = policy.encode_images([fixed_crop(image) for _, image in scenes])  # equal crops once, as collect does
+                observations = [policy.observation(crops[i // group]) for i in range(len(trajectories))]
                 for trajectory, observation in zip(trajectories, observations):
                     extend(trajectory, observation)
                 session.append(observations)
@@ -157,8 +166,7 @@ def usual_rollouts(model, policy: Policy, scenes, group: int, turns: int, tokens
     for (question, _), overview, image in zip(scenes, overviews, first):
         prompt = policy.prompt(placeholders(policy, image[1]), question.prompt)
         for _ in range(group):
-            n = len(prompt.ids)
-            trajectories.append(Trajectory(question, prompt + Tokens([]), [False] * n, [0.] * n, overview.size))
+            trajectories.append(empty(policy, question, prompt, overview))
             pixels.append([image])
     active = list(range(len(trajectories)))
     for number in range(1, turns + 1):
@@ -299,19 +307,20 @@ def update_case(name: str, folder: Path) -> dict:
     tiny, path = Policy("tiny"), "tiny" if name == "tiny" else large_vocabulary(folder)
     generator = torch.Generator().manual_seed(0)
     trajectories = collect(tiny, questions_of(8 if name == "tiny" else 1), 8, 4, 64, 1.0, generator)
-    policy, parameters = load(path)
-    pixels = []
+    policy, optimiser = load(path)
+    pixels, prompts = [], {}
     for t in trajectories:
         images = [fit(t.question.open(), policy.resolution)] + [turn.crop for turn in t.turns if turn.crop]
         pixels.append(pixels_of(policy, images))
         if name != "tiny":
             features = [f for e in policy.encode_images(images) for f in e.features]
             t.tokens = dataclasses.replace(t.tokens, features=features)
+            t.prompt = prompts.setdefault(id(t.prompt), dataclasses.replace(t.prompt, features=features[:1]))
     if name != "tiny":  # the old log-probabilities are this policy's own
         with torch.no_grad():
             for t in trajectories:
                 t.logps = [0.] + policy.logprobs([t.tokens], [t.mask])[0][0].tolist()
-    return {"path": path, "policy": policy, "parameters": parameters, "trajectories": trajectories, "pixels": pixels,
+    return {"path": path, "policy": policy, "optimiser": optimiser, "trajectories": trajectories, "pixels": pixels,
             "advantage": torch.randn(len(trajectories), generator=generator), "micro": 6144 if name == "tiny" else 1024}
 
 
@@ -319,7 +328,7 @@ def sides(case: dict) -> dict:
     """The three ways to update, each ready to be called, and the parameters of the last two."""
     model, parameters = usual_model(case["path"])
     usual = lambda micro: usual_update(model, case["policy"], parameters, case["trajectories"], case["pixels"], case["advantage"], micro)
-    return {"ours": lambda: our_update(case["policy"], case["parameters"], case["trajectories"], case["advantage"], case["micro"]),
+    return {"ours": lambda: our_update(case["policy"], case["optimiser"], case["trajectories"], case["advantage"], case["micro"]),
             "usual": lambda: usual(case["micro"]), "whole": lambda: usual(10**9), "usual parameters": parameters}
 
 
@@ -345,7 +354,7 @@ def part_b(args) -> list[dict]:
             case = update_case(name, Path(folder))
             run, tokens = sides(case), sum(len(t.mask) for t in case["trajectories"])
             a, b = pairs(run["ours"], run["usual"], args.pairs)
-            ours, usual = (torch.cat([p.grad.flatten() for p in ps]) for ps in (case["parameters"], run["usual parameters"]))
+            ours, usual = our_gradient(case["optimiser"]), torch.cat([p.grad.flatten() for p in run["usual parameters"]])
             records.append(compare("b", name, a, b, tokens=tokens, trajectories=len(case["trajectories"]), micro=case["micro"],
                                    difference=((ours - usual).norm() / usual.norm()).item()))
             del ours, usual
@@ -369,19 +378,17 @@ def step_child(settings: str) -> None:
     s = json.loads(settings)
     config = train.parse_config(["--lr", str(s["lr"]), "--questions", str(s["questions"]), "--group", str(s["group"]),
                                  "--max_turns", str(s["max_turns"]), "--max_tokens", str(s["max_tokens"])])
-    row, base, (policy, parameters) = mapo.ALGORITHMS["mapo"], Policy(s["model"]), load(s["model"])
+    row, base, (policy, optimiser) = mapo.ALGORITHMS["mapo"], Policy(s["model"]), load(s["model"])
     scorer = Scorer(base, questions_of(64, 10**6))
-    optimiser = torch.optim.AdamW(parameters, lr=s["lr"], betas=(.9, .95), weight_decay=0.)
     generator, step, before = torch.Generator().manual_seed(0), 0, status_mb("VmRSS")
     print("RESULT " + json.dumps({"baseline_mb": before}), flush=True)
     while sys.stdin.readline().strip():
         start, cpu = time.perf_counter(), time.process_time()
         trajectories = collect(policy, questions_of(s["questions"], step * s["questions"]), s["group"], s["max_turns"], s["max_tokens"], 1.0, generator)
-        r, scores, looked = score(trajectories, scorer)
-        advantage = mapo.advantages(r, scores, looked, s["group"], config.beta)
-        train.accumulate(policy, parameters, trajectories, advantage, config, row)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.)
-        optimiser.step()
+        r, *_ = score(trajectories, scorer)
+        train.accumulate(policy, [optimiser], trajectories, train.advantages(policy, trajectories, config, row)[0], config, row)
+        optimiser.clip(1.)
+        optimiser.step(s["lr"])
         step += 1
         print("RESULT " + json.dumps({
             "wall": time.perf_counter() - start, "cpu": time.process_time() - cpu, "peak_mb": status_mb("VmHWM") - before, "calls": sum(len(t.looks) for t in trajectories),
@@ -573,17 +580,17 @@ PHASES = {"decode and sample": [(Session, "sample")], "prefill": [(Session, "__i
           "cache rows": [(Session, "keep")], "vision": [(Policy, "encode_images")],
           "tools: parse, crop": [(rollout, "act")], "drawing the scenes": [(data.Question, "open"), (rollout, "fit")],
           "semantic score": [(reward.Scorer, "__call__")], "forward": [(train, "accumulate")],
-          "backward": [(torch.autograd, "grad"), (torch.Tensor, "backward")], "optimiser": [(torch.optim.AdamW, "step")]}
+          "backward": [(torch.Tensor, "backward")], "optimiser": [(ShardedAdamW, "step")]}
 
 
 def part_d(args) -> list[dict]:
-    policy, parameters = load("tiny")
+    policy, optimiser = load("tiny")
     generator, scenes, turns = torch.Generator().manual_seed(0), opened(args.questions), 3
     trajectories = our_forced(policy, scenes, args.group, turns, args.tokens, generator)
     advantage = torch.randn(len(trajectories), generator=generator)
     micro = train.parse_config([]).micro_tokens
     rollouts = lambda: our_forced(policy, scenes, args.group, turns, args.tokens, generator)
-    update = lambda: our_update(policy, parameters, trajectories, advantage, micro)
+    update = lambda: our_update(policy, optimiser, trajectories, advantage, micro)
     update()
     taken = {"rollouts": [], "update": []}
     limits = {"rollouts": [], "update": [], "update, nothing shared": []}
@@ -604,14 +611,13 @@ def part_d(args) -> list[dict]:
         print(f"d {name}: {works[0].flop / 1e9:.1f} GFLOP, share of the limit {median(shares):.2f}", flush=True)
 
     questions, scorer = [q for q, _ in scenes], Scorer(policy, questions_of(64, 10**6))
-    config, row = train.parse_config([]), mapo.ALGORITHMS["mapo"]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-9)
+    config, row = train.parse_config(["--group", str(args.group)]), mapo.ALGORITHMS["mapo"]
 
     def step():
         trajectories = collect(policy, questions, args.group, 4, 64, 1.0, generator)
-        r, scores, looked = score(trajectories, scorer)
-        train.accumulate(policy, parameters, trajectories, mapo.advantages(r, scores, looked, args.group, .4), config, row)
-        optimiser.step()
+        score(trajectories, scorer)
+        train.accumulate(policy, [optimiser], trajectories, train.advantages(policy, trajectories, config, row)[0], config, row)
+        optimiser.step(1e-9)
     step()
     phases = []
     for _ in range(3):
@@ -629,7 +635,7 @@ def part_d(args) -> list[dict]:
 # ---- e: growth -----------------------------------------------------------------------------------------------------------
 
 def part_e(args) -> list[dict]:
-    policy, parameters = load("tiny")
+    policy, optimiser = load("tiny")
     generator, scenes, rows = torch.Generator().manual_seed(0), opened(32), 64
     usual = policy.resolution
     points = [("turns", n, 8, n, 16) for n in range(1, 7)] + [("group", g, g, 3, 16) for g in (2, 4, 8, 16, 32)] + \
@@ -640,7 +646,7 @@ def part_e(args) -> list[dict]:
             policy.resolution = Resolution(usual.factor, usual.min_pixels, image * usual.factor ** 2)
             trajectories: list = []
             rolled = seconds(lambda: trajectories.extend(our_forced(policy, scenes[:rows // group], group, turns, args.tokens, generator)))
-            updated = seconds(lambda: our_update(policy, parameters, trajectories, torch.randn(rows, generator=generator)))
+            updated = seconds(lambda: our_update(policy, optimiser, trajectories, torch.randn(rows, generator=generator)))
             if trial:  # the first round warms up
                 spent[axis, value][0].append(rolled / rows)
                 spent[axis, value][1].append(updated / rows)

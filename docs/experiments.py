@@ -72,10 +72,10 @@ def at_end(run: dict, heat: str, key: str) -> float:
     return run["results"][f"after {heat}"][key]
 
 
-def area(run: dict, key: str = "accuracy") -> float:
+def area(run: dict, key: str = "accuracy") -> float | None:
     """Mean over the first 20 steps of what the sampled trajectories did: how fast the agent learns."""
     values = [v for v in run["curves"][key][:SHORT] if v is not None]
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else None
 
 
 def steps_to(run: dict, level: float) -> float:
@@ -102,8 +102,8 @@ def table(runs: dict[str, list[dict]], columns: dict, base: str | None = None) -
             pairs = [(other[r["seed"]], r) for r in group if r["seed"] in other]
             cells = []
             for f in columns.values():
-                text = mean_interval([f(a) - f(b) for a, b in pairs])
-                mean, half = (float(x) for x in text.split(" ± ")) if " ± " in text else (float(text), math.inf)
+                text = mean_interval([f(a) - f(b) for a, b in pairs if None not in (f(a), f(b))])
+                mean, half = (float(x) for x in text.split(" ± ")) if " ± " in text else (0., 0.)
                 cells.append(f"**{text}**" if abs(mean) > half else text)
             lines.append(f"| {base} - {name}, paired | {len(pairs)} | " + " | ".join(cells) + " |")
     return lines
@@ -115,8 +115,8 @@ def page(runs: list[dict]) -> str:
         by_name.setdefault(run["name"], []).append(run)
     chosen = lambda part: {name: by_name[name] for name in parts()[part] if name in by_name}
     lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
-             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start, held-out questions (200) and steps are "
-             "the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
+             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start and held-out questions (200) "
+             "are the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
     if found := chosen("default"):
         lines += ["## The default run", "", "`python train.py` and `python train.py --algo grpo`, 30 steps of 16 questions x 8 trajectories.", "",
                   *table(found, COLUMNS, "mapo, 16 questions"), "", *table(found, SPEED, "mapo, 16 questions"), ""]

@@ -168,7 +168,7 @@ def test_another_family(tmp_path):
 
 def test_flops_by_hand(model):
     """A step of 1 question x 2 trajectories of one turn of 10 tokens, prompt 30, both in one micro-batch."""
-    c = Config(questions=1, group=2, max_turns=1, max_tokens=10, micro_tokens=1000)
+    c = Config(questions=1, group=2, max_turns=1, max_tokens=10, micro_tokens=1000, updates=1)
     t = SimpleNamespace(image=16, crop=4, prompt=30, observation=36, total=40)
     body, head = 858_880 - 549 * 128, 549 * 128
     work = plan.flops(model, c, t, 1)

@@ -53,7 +53,7 @@ def test_the_start_has_a_gap(policy):
     assert m["valid"] > .95 and m["calls"] > .9
     assert .15 < m["hit"] < .40 and m["gap"] > .5
     seen = [t for t in trajectories if grounded(t)]
-    assert np.mean([outcome(t.question, t.answer) for t in seen]) > .85
+    assert len(seen) > 30 and np.mean([outcome(t.question, t.answer) for t in seen]) > .75  # .88 of 104; two standard errors of 38
     assert measure(evaluate(policy, world_questions(World(), 0, "test", 0, 200)))["hit"] < .5
 
 
