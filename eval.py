@@ -27,7 +27,7 @@ import benchmarks
 import shard
 from data import DataError, Question, World, world_questions
 from policy import Policy, Tokens
-from reward import Scorer, measure, outcome, score
+from reward import Scorer, answerable, measure, outcome, score
 from rollout import Trajectory, Turn, collect, film_strip, stack
 from tools import Call, zoom
 
@@ -193,6 +193,8 @@ def run(args: argparse.Namespace) -> None:
     with shard.together():
         if args.data:
             name, questions = benchmarks.load(args.data)
+            if not name:
+                answerable(questions)
         else:
             questions = world_questions(World(options=args.options), 0, "test", 0, 500 if args.n is None else args.n)
         every, questions = questions, questions[:args.n]

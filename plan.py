@@ -64,7 +64,7 @@ def read_model(path: str, dtype: str = "float32") -> SimpleNamespace:
 
 def read_questions(m: SimpleNamespace, config) -> SimpleNamespace:
     """How many questions there are, and the longest lengths in tokens: image, crop, prompt, observation, whole conversation."""
-    file = read_jsonl(config.data) if config.data else iter(world_questions(World(), 0, "train", 0, FIRST))
+    file = read_jsonl(config.data) if config.data else iter(world_questions(World(options=config.options), 0, "train", 0, FIRST))
     rows = [q for _, q in zip(range(FIRST), file)]
     if not rows:
         raise ValueError(f"{config.data}: holds no questions")

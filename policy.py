@@ -6,8 +6,8 @@ conversations over several turns in one KV cache, with each question's prompt pr
 `logprobs` recomputes, for training, the log-probabilities of the agent's own tokens only.
 
 One rule holds it together: *the sampler and the trainer evaluate the same distribution*, log_softmax of the logits
-over temperature with image placeholders banned, so that the ratio of new to old policy is exactly 1 before a step
-(tests/test_policy.py holds the two within 1e-4, for any padding and batch order).
+over temperature with image placeholders banned, so that the ratio of new to old policy is 1 before a step,
+up to rounding (tests/test_policy.py holds the two within 1e-4 in float32, for any padding and batch order).
 
 Run it:  python policy.py            # loads tiny/, samples, recomputes, and prints the largest difference
 """
@@ -88,13 +88,13 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Policy:
-    """A model directory of the Qwen2.5-VL family with its tokenizer and image processor."""
+    """A model directory of the Qwen2.5-VL or Qwen3-VL family with its tokenizer and image processor."""
 
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, coordinates: str | None = None):
         """coordinates: in what the agent gives its boxes: "pixels" of the image that it sees (Qwen2.5-VL) or "1000", thousandths of
         its sides (Qwen3-VL); None: as the directory's agent.json says, else pixels.
 
-        Raises FileNotFoundError for a local path without a model, ValueError for a model of another kind."""
+        Raises FileNotFoundError for a folder without a model, ValueError for a model of another kind."""
         self.path = Path(path)
         if self.path.exists() and not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model directory")

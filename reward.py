@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Question, World, holds, shows, world_questions
+from data import DataError, Question, World, holds, shows, world_questions
 from policy import Policy, Tokens
 from rollout import Trajectory
 from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, Call, fit, zoom
@@ -57,6 +57,14 @@ def outcome(question: Question, answer: str | None) -> float:
         chosen = choose(answer, question.choices)
         return float(chosen is not None and chosen == choose(question.answer, question.choices))
     return float(normalise(answer) == normalise(question.answer))
+
+
+def answerable(questions: list[Question]) -> list[Question]:
+    """The questions, if each answer is one of its choices. Raises DataError: what can never be right teaches nothing, silently."""
+    for q in questions:
+        if q.choices and choose(q.answer, q.choices) is None:
+            raise DataError(f"question {q.id}: field 'answer': expected one of {list(q.choices)} or its letter, found {q.answer!r}")
+    return questions
 
 
 def format_reward(trajectory: Trajectory) -> float:

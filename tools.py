@@ -24,7 +24,7 @@ from PIL import Image
 TOOL_NAME = "image_zoom_in_tool"
 MAX_TURN_CHARS, MAX_CALL_CHARS = 20_000, 2_000   # longer turns are cut, longer calls are refused unread
 MAX_LABEL_WORDS, MAX_LABEL_CHARS = 12, 80
-MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in pixels of the seen image, after clamping
+MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in its own units, after clamping
 
 def system_prompt(coordinates: str = "pixels") -> str:
     """The "# Tools" prompt in Qwen's style, for a model that never saw our cold start. coordinates: "pixels" or "1000"."""
@@ -54,7 +54,7 @@ or finish with the letter or the text of your answer:
 @dataclass(frozen=True)
 class Call:
     label: str                                # cleaned: one line, no control characters
-    bbox: tuple[float, float, float, float]   # pixels of the seen image, clamped to it
+    bbox: tuple[float, float, float, float]   # pixels of the seen image (or thousandths), clamped to it
     dropped: int = 0                          # earlier calls of the same turn, which were ignored
 
 
@@ -75,7 +75,8 @@ class ToolError(Exception):
 # ---- one turn of text -> Call, Answer or ToolError ---------------------------------------------------------------
 
 def parse(text: str, seen: tuple[int, int]) -> Call | Answer:
-    """Read one assistant turn. seen: (width, height) of the image that the model saw, in pixels.
+    """Read one assistant turn. seen: (width, height) of the image that the model saw, in the units of its
+    boxes: pixels, or (1000, 1000).
 
     An answer wins over a call; of several calls the last counts. Raises ToolError, and nothing else."""
     text = text[:MAX_TURN_CHARS]

@@ -44,7 +44,7 @@ import shard
 from data import DataError, Question, World, read_jsonl, world_questions
 from eval import evaluate, record, summary, table, wilson
 from policy import Policy
-from reward import Scorer, format_reward, measure, rewards, score
+from reward import Scorer, answerable, format_reward, measure, rewards, score
 from rollout import Trajectory, collect, film_strip, stack
 
 
@@ -284,7 +284,7 @@ class Questions:
     """The training stream: question `i` is the same in every run with the same seed, so runs can be compared in pairs."""
 
     def __init__(self, config: Config):
-        self.config, self.file = config, list(read_jsonl(config.data)) if config.data else []
+        self.config, self.file = config, answerable(list(read_jsonl(config.data))) if config.data else []
         if config.data and not self.file:
             raise DataError(f"{config.data}: holds no questions")
 
@@ -304,7 +304,7 @@ class Questions:
 
 def held_out(config: Config) -> list[Question]:
     if config.data:
-        return list(read_jsonl(config.test))[:config.eval_questions] if config.test else []
+        return answerable(list(read_jsonl(config.test))[:config.eval_questions]) if config.test else []
     return world_questions(World(options=config.options), 0, "test", 0, config.eval_questions)
 
 
@@ -436,7 +436,8 @@ def train(config: Config) -> dict:
 
     def judge(p: Policy) -> dict[str, list[Trajectory]]:  # of this rank's part of the held-out questions
         with shard.together():
-            return {name: evaluate(p, tests[shard.rank()::shard.world()], scorer, heat, 0, config.max_turns, config.max_tokens)
+            return {name: evaluate(p, tests[shard.rank()::shard.world()], scorer, heat, 0, config.max_turns, config.max_tokens,
+                                   quiet=not (main and sys.stderr.isatty()))
                     for name, heat in (("greedy", 0.), ("sampled", 1.))}
 
     before, metrics = judge(base) if tests else {}, {}

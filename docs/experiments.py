@@ -17,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import mapo
+
 RUNS, RESULTS = ROOT / "runs/experiments", ROOT / "docs/experiments.jsonl"
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by number of seeds
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "seconds")
@@ -133,7 +136,12 @@ def page(runs: list[dict]) -> str:
     if chosen("luck"):
         lines += ["", "## Luck", "", "With `--luck rho` a trajectory is paid as right with probability rho, whatever it answered: so much the outcome is "
                   "worth less as evidence of a good look, and the theory says that the semantic score must help more. (The number of options is "
-                  "no such dial for this agent: it bluffs without reading them, see [probe.md](probe.md).)"]
+                  "no such dial for this agent: it bluffs without reading them, see [probe.md](probe.md).) What eq. 8 predicts from the moments "
+                  "that probe.md measured at the start (all trajectories, 4 options):", "",
+                  "| luck | SNR of the outcome | SNR at beta 0.4 | ratio |", "|---|---|---|---|"]
+        for luck in (0., .25, .5):
+            model = mapo.Looking(p=.283, eps=(1 - luck) * .1, rho=luck + (1 - luck) * .116, mu=(.186, .989), sd=.055 ** .5)
+            lines.append(f"| {luck} | {model.snr(0):.2f} | {model.snr(.4):.2f} | {model.snr(.4) / model.snr(0):.1f} |")
         for luck in ("0", "0.25", "0.5"):
             names = {a: a if luck == "0" else f"{a}, luck {luck}" for a in ("mapo", "grpo")}
             pair = {f"{a}, luck {luck}": [r for r in by_name.get(names[a], []) if r["seed"] < 3] for a in names}

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import Question, World, holds, world_questions
-from reward import Scorer, area_under_curve, astray, choose, grounded, measure, outcome, score
+from data import DataError, Question, World, holds, world_questions
+from reward import Scorer, answerable, area_under_curve, astray, choose, grounded, measure, outcome, score
 from rollout import Trajectory, Turn
 from tools import Call, zoom
 from policy import Tokens
@@ -109,3 +109,13 @@ def test_unknown_evidence_is_not_counted():
 
 def test_area_under_curve_by_hand():
     assert area_under_curve(np.array([.9, .8, .3, .3]), np.array([True, False, True, False])) == pytest.approx((1 + 1 + 0 + .5) / 4)
+
+
+def test_answers_that_no_option_names_are_refused(questions):
+    """Such a question could never be right; the error names it. Signs count: "<5" is not ">5", and "+" is not "-"."""
+    with pytest.raises(DataError, match="question 7: field 'answer': expected one of .'a', 'b'.* found 'c'"):
+        answerable([Question("?", "c", None, ("a", "b"), id="7")])
+    assert answerable(questions) == questions
+    signs = Question("?", "<5", None, ("<5", ">5"))
+    assert outcome(signs, "<5") == 1 and outcome(signs, ">5") == 0 and outcome(signs, "A") == 1
+    assert outcome(Question("?", "+", None), "-") == 0 and outcome(Question("?", "C++", None), "c++.") == 1
