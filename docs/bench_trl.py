@@ -119,7 +119,7 @@ def main() -> None:
             print("RESULT " + json.dumps({"wall": wall, "cpu": cpu, "peak_mb": status_mb("VmHWM") - baseline, **seen}), flush=True)
 
     seen: dict = {}
-    system = (model_path / "system_prompt.txt").read_text(encoding="utf-8")
+    system = json.loads((model_path / "agent.json").read_text(encoding="utf-8"))["system_prompt"]
     opening = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": ""}]
     rows = options["questions"] * options["group"]
     micro = min(options["micro_rows"], rows)
