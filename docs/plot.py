@@ -61,7 +61,7 @@ def luck(runs: list[dict]) -> None:
     for shift, (title, f, marker) in enumerate((("accuracy, steps 1-20", area, "o"),
                                                 ("hit, steps 1-20", lambda r: area(r, "hit"), "s"))):
         for x, rho in enumerate(("0", "0.25", "0.5")):
-            found = {a: {r["seed"]: f(r) for r in runs if r["name"] == (a if rho == "0" else f"{a}, luck {rho}")} for a in ("mapo", "grpo")}
+            found = {a: {r["seed"]: f(r) for r in runs if r["seed"] < 3 and r["name"] == (a if rho == "0" else f"{a}, luck {rho}")} for a in ("mapo", "grpo")}
             pairs = [found["mapo"][s] - found["grpo"][s] for s in found["mapo"] if s in found["grpo"]]
             if pairs:
                 mean, half = mean_half(pairs)
