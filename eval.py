@@ -144,15 +144,19 @@ def merge(out: Path, write: bool = True) -> dict[int, dict]:
     return found
 
 
+def differences(before: dict, now: dict) -> str:
+    """Which of the settings `now` were others `before`, for the error of a --resume; empty if none."""
+    return "; ".join(f"{key} {before.get(key)!r} there and {now[key]!r} now" for key in now if before.get(key) != now[key])
+
+
 def prepare(out: Path, settings: dict, resume: bool) -> None:
     """The folder to predict into, with what it holds (`resume`) if that was made with the same settings, else without."""
     note, files = out / "settings.json", list(out.glob("predictions*.jsonl"))
     out.mkdir(parents=True, exist_ok=True)
     if resume and files:
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        if changed := [key for key in settings if before.get(key) != settings[key]]:
-            raise DataError(f"{note}: --resume expected the same settings, found " + "; ".join(
-                f"{key} {before.get(key)!r} there and {settings[key]!r} now" for key in changed) + "; choose another --out")
+        if changed := differences(before, settings):
+            raise DataError(f"{note}: --resume expected the same settings, found {changed}; choose another --out")
         merge(out)
         return
     for file in files:  # somebody may have forgotten --resume

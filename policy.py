@@ -44,6 +44,13 @@ class Tokens:
         return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features)
 
 
+def distinct(items: list) -> tuple[list, list[int]]:
+    """The different objects among the items, and for each item which of them it is: what is shared is computed once."""
+    objects = {id(item): item for item in items}
+    place = {key: i for i, key in enumerate(objects)}
+    return list(objects.values()), [place[id(item)] for item in items]
+
+
 def mrope_positions(ids: Tensor, grids: list[tuple[int, int]], image_id: int, start: int = 0) -> tuple[Tensor, int]:
     """M-RoPE (Qwen2-VL, arXiv 2409.12191, sec. 2.1): ids (L,) -> positions (3, L) and the next free position.
 
@@ -215,13 +222,13 @@ class Policy:
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
         """Hidden states (B, L, D) of whole sequences from the last token of their prompts on. A prompt that several rows
         share (the same object) is computed once, and gradients flow back through its keys and values."""
-        distinct = list({id(p): p for p in prompts}.values())
-        index = torch.tensor([next(i for i, d in enumerate(distinct) if d is p) for p in prompts], device=self.device)
+        shared, which = distinct(prompts)
+        index = torch.tensor(which, device=self.device)
         cache = Cache(layer_class_to_replicate=Repeatable)
-        _, past, ends = self.hidden([Tokens(p.ids[:-1], p.grids, p.features) for p in distinct], left=True, cache=cache)
+        _, past, ends = self.hidden([Tokens(p.ids[:-1], p.grids, p.features) for p in shared], left=True, cache=cache)
         layers = [Repeatable((layer.keys.index_select(0, index), layer.values.index_select(0, index))) for layer in cache.layers]
         rest = [Tokens(t.ids[len(p.ids) - 1:], t.grids[len(p.grids):], t.features[len(p.grids):]) for t, p in zip(batch, prompts)]
-        return self.hidden(rest, [ends[i] for i in index.tolist()], past=past[index], cache=Cache(layers=layers))[0]
+        return self.hidden(rest, [ends[i] for i in which], past=past[index], cache=Cache(layers=layers))[0]
 
     # ---- the one distribution ----------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import DataError, Question, World, holds, shows, world_questions
-from policy import Policy, Tokens
+from policy import Policy, Tokens, distinct
 from rollout import Trajectory
 from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, Call, fit, zoom
 
@@ -108,9 +108,8 @@ class Scorer:
 
     def matrix(self, labels: list[str], crops: list[Tokens], paired: bool = False) -> Tensor:
         """Every label against every crop (labels, crops), or, `paired`, only label i against crop i (N,)."""
-        distinct = list({id(crop): crop for crop in crops}.values())                 # many looks share a crop
-        place = {id(crop): i for i, crop in enumerate(distinct)}
-        text, image = self.embed_labels(labels), self.policy.embed(distinct)[[place[id(crop)] for crop in crops]]
+        shown, which = distinct(crops)                                               # many looks share a crop
+        text, image = self.embed_labels(labels), self.policy.embed(shown)[which]
         cosine = (text * image).sum(-1) if paired else text @ image.T                # eq. 5
         reference = text @ self.references.T                                         # (N, K)
         mean, std = reference.mean(1), reference.std(1) + 1e-4

@@ -249,9 +249,10 @@ class ShardedAdamW:
         """Length of the whole gradient, the same on all ranks."""
         return all_sum(sum(squared(b.gradient).item() for b in self.buckets)) ** .5
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradient to at most `limit`; returns the norm it had. Not finite: skip the step, on all ranks alike."""
-        norm = self.norm()
+    def clip(self, limit: float, norm: float | None = None) -> float:
+        """Scale the gradient to at most `limit`; returns the norm it had (`norm`, if it is known already). Not finite: skip
+        the step, on all ranks alike."""
+        norm = self.norm() if norm is None else norm
         for b in self.buckets:
             b.gradient *= min(1., limit / (norm + 1e-6))
         return norm

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import mapo
 import shard
 from data import DataError, Question, World, read_jsonl, world_questions
-from eval import evaluate, record, summary, table, wilson
+from eval import differences, evaluate, record, summary, table, wilson
 from policy import Policy
 from reward import Scorer, answerable, format_reward, measure, rewards, score
 from rollout import Trajectory, collect, film_strip, stack
@@ -342,11 +342,11 @@ def newest_checkpoint(out: str) -> Path | None:
 
 def check_settings(folder: Path, config: Config) -> None:
     """Raises ValueError if the checkpoint's run had other settings: what goes on would be neither run."""
-    before, now = torch.load(folder / "state-0.pt", weights_only=True)["config"], dataclasses.asdict(config)
+    before = torch.load(folder / "state-0.pt", weights_only=True)["config"]
     free = {"steps", "out", "resume", "save_every", "eval_questions", "test", "device", "threads", "timeout", "recompute", "micro_tokens"}
-    if changed := [key for key in now if key not in free and before.get(key, now[key]) != now[key]]:
-        raise ValueError(f"{folder}: --resume expected the same settings, found " + "; ".join(
-            f"--{key} {before[key]!r} there and {now[key]!r} now" for key in changed))
+    now = {key: value for key, value in dataclasses.asdict(config).items() if key in before and key not in free}
+    if changed := differences({f"--{key}": before[key] for key in now}, {f"--{key}": value for key, value in now.items()}):
+        raise ValueError(f"{folder}: --resume expected the same settings, found {changed}")
 
 
 def load_checkpoint(folder: Path, optimisers: list[shard.ShardedAdamW], generator: torch.Generator) -> int:
@@ -454,8 +454,8 @@ def train(config: Config) -> dict:
             if number == 0:
                 logp_gap = stats["logp_gap"]
             if math.isfinite(stats["grad_norm"]):
-                for optimiser, rate in zip(optimisers, rates):
-                    optimiser.clip(config.grad_clip)
+                for optimiser, rate, norm in zip(optimisers, rates, (stats["grad_norm"], None)):
+                    optimiser.clip(config.grad_clip, norm)
                     changed = optimiser.step(rate * lr / config.lr)
                     stats.setdefault("changed", changed)
         seconds = time.time() - start
