@@ -56,7 +56,8 @@ def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = 
         if scorer:
             score(part, scorer)
         for trajectory in part:  # numbers and crops stay, features go
-            trajectory.prompt.features = trajectory.tokens.features = []
+            for tokens in (trajectory.prompt, trajectory.tokens):
+                tokens.features = tokens.patches = []
             for turn in trajectory.turns:
                 turn.crop_tokens = None
         trajectories += part
@@ -175,6 +176,12 @@ def weights_of(policy: Policy) -> str:
     return fingerprint(*map(sample, policy.model.parameters()))
 
 
+def same_eyes(a: Policy, b: Policy) -> bool:
+    """Do both have the same vision tower, and the same size of crops?"""
+    one, other = (list(p.model.model.visual.parameters()) for p in (a, b))
+    return a.resolution == b.resolution and len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
+
+
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 def accept_plain(trajectories: list[Trajectory]) -> None:
@@ -215,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
         scorer = None
         if base != "none" and not args.no_tools:
             encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
-            scorer = Scorer(encoder, questions[:64] if args.data else None)
+            scorer = Scorer(encoder, questions[:64] if args.data else None, own_eyes=not same_eyes(policy, encoder))
         if args.no_tools:  # a model that was trained without a prompt keeps none
             policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
     with shard.together():  # everybody knows what is done before anybody writes

@@ -13,7 +13,8 @@ What it teaches: where 80 GB go. n weights, m of them trained, b bytes a weight 
                       4 I b           SwiGLU: gate, silu(gate), up, their product
                       2 A b           query and output of attention; as much again for each *key*, repeated to all heads
                       K b             the mask, which each layer turns from booleans into numbers
-                  --recompute stores D b instead. Backward then needs a layer's gradients, with --recompute also that layer again
+                  --recompute stores D b instead. Backward then needs a layer's gradients, with --recompute also that layer again.
+                  --train_vision adds the vision tower's layers, a patch: 2 D (4 + 2 b) + 5 D b + 4 I b
     logits        16 x vocabulary x min(2048, own tokens): logp, exp, clamp and product live at once in policy.logprobs;
                   they are gone before backward reaches a layer, so the larger of the two counts
 
@@ -40,7 +41,7 @@ CHUNK, SPARE, BUCKET, SUMMARY, TRIAL = 2048, 64, 2**25, 256, 64   # policy.logpr
 WRAP, FIRST = 32, 32                                    # tokens of ChatML and tool tags around a text or an image; rows of --data looked at
 
 
-def read_model(path: str, dtype: str = "float32") -> SimpleNamespace:
+def read_model(path: str, dtype: str = "float32", train_vision: bool = False) -> SimpleNamespace:
     """The numbers that the arithmetic needs. The model is built on the meta device: shapes without memory."""
     config = AutoConfig.from_pretrained(path)
     if not hasattr(config, "vision_config"):
@@ -48,17 +49,19 @@ def read_model(path: str, dtype: str = "float32") -> SimpleNamespace:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}                           # tied weights once
-    trained = [n for name, n in sizes.items() if "visual" not in name]                          # as in train.py
+    language = sum(n for name, n in sizes.items() if "visual" not in name)
+    trained = [n for name, n in sizes.items() if train_vision or "visual" not in name]          # as in train.py
     ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
     text, vision, processor = config.get_text_config(), config.vision_config, Qwen2VLImageProcessorPil.from_pretrained(path)
     (vocabulary, hidden), heads = model.get_output_embeddings().weight.shape, text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or hidden // heads
     return SimpleNamespace(
         path=Path(path), b=getattr(torch, dtype).itemsize, all=sum(sizes.values()), trained=sum(trained), largest=max(trained),
-        vision=sum(sizes.values()) - sum(trained), ends=sum(ends.values()), layers=text.num_hidden_layers, hidden=hidden,
+        language=language, vision=sum(sizes.values()) - language, train_vision=train_vision, ends=sum(ends.values()), layers=text.num_hidden_layers, hidden=hidden,
         inner=text.intermediate_size, vocabulary=vocabulary, attention=heads * head_size, kv=text.num_key_value_heads * head_size,
         features=hidden * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))), patches=processor.merge_size ** 2,  # a token
-        vision_hidden=vision.hidden_size, vision_inner=vision.intermediate_size, resolution=Resolution(
+        vision_hidden=vision.hidden_size, vision_inner=vision.intermediate_size, vision_layers=vision.depth,
+        patch=3 * vision.temporal_patch_size * processor.patch_size ** 2, resolution=Resolution(
             processor.patch_size * processor.merge_size, processor.size["shortest_edge"], processor.size["longest_edge"]))
 
 
@@ -101,6 +104,13 @@ def activation_bytes(m: SimpleNamespace, rows: int, group: int, prompt: int, tot
     return m.layers * (tokens * m.hidden * m.b if recompute else layer) + caches + outside, layer * (1 + recompute)
 
 
+def vision_bytes(m: SimpleNamespace, patches: int, recompute: bool = False) -> tuple[int, int]:
+    """Of the vision tower, where it learns: stored for backward, and of the layer in backward."""
+    layer = patches * (m.vision_hidden * (8 + 9 * m.b) + 4 * m.vision_inner * m.b)
+    outside = patches * (m.patch * m.b + 2 * m.vision_hidden * (4 + 4 * m.b))                                # patches, embedding, merger
+    return m.vision_layers * (patches * m.vision_hidden * m.b if recompute else layer) + outside, layer * (1 + recompute)
+
+
 def generating(m: SimpleNamespace, c, t: SimpleNamespace, questions: int, group: int) -> dict[str, float]:
     """Bytes of a rollout and its scores; the workspace is that of the largest of their forward passes."""
     rows, looks = questions * group, questions * group * (c.max_turns - 1)
@@ -121,8 +131,13 @@ def memory(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, f
     rows = min(questions * c.group, max(1, c.micro_tokens // t.total))                                      # train.micro_batches
     trial = min(TRIAL, math.ceil(c.eval_questions / ranks)) if c.test or not c.data else 0
     always = {"policy's weights": m.all * m.b, "frozen base's weights": m.all * m.b, "gradient shard": 4 * shard, "optimiser shard": 12 * shard}
-    rollout = {"image features": questions * (t.image + c.group * (c.max_turns - 1) * t.crop) * m.features * m.b}
+    images = lambda prompts, rows: prompts * t.image + rows * (c.max_turns - 1) * t.crop                    # their tokens
+    kept = m.features * m.b + 4 * m.patch * m.patches * m.train_vision                                      # of each
+    rollout = {"image features": images(questions, questions * c.group) * kept}
     stored, layer = activation_bytes(m, rows, c.group, t.prompt, t.total, c.recompute)
+    if m.train_vision:
+        more, one = vision_bytes(m, images(math.ceil(rows / c.group), rows) * m.patches, c.recompute)
+        stored, layer = stored + more, max(layer, one)
     update = rollout | {"activations": stored, "a layer in backward": layer,
                         "logits": 16 * m.vocabulary * min(CHUNK, rows * c.max_turns * c.max_tokens),
                         "bucket": max(m.largest, min(BUCKET, m.trained)) * (4 + 4 / ranks * (ranks > 1)) + 2 * m.b * m.largest}
@@ -138,13 +153,14 @@ def memory(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, f
 def flops(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, float]:
     """FLOPs of a step, all ranks together: 2 a weight and token forward, 6 with backward, 8 with recomputation (arXiv 2001.08361,
     sec. 2.1), and 4 A a layer for each pair of query and key. Left out: attention inside the vision tower."""
-    body, head, pair = m.trained - m.ends, m.vocabulary * m.hidden, 4 * m.attention * m.layers
+    body, head, pair = m.language - m.ends, m.vocabulary * m.hidden, 4 * m.attention * m.layers
     n, middle, times = c.questions * c.group, (t.prompt + t.total) / 2, 4 if c.recompute else 3
     looks, own, rows = n * (c.max_turns - 1), n * c.max_turns * c.max_tokens, min(n // ranks, max(1, c.micro_tokens // t.total))
     prompts, rest = n / rows * math.ceil(rows / c.group), t.total - t.prompt                                # a micro-batch shares a prompt
     return {"decode": own * (2 * (body + head) + pair * middle),
             "prefill": c.questions * t.prompt * (2 * body + pair * t.prompt) + looks * t.observation * (2 * body + pair * middle),
-            "vision": 2 * m.vision * m.patches * (c.questions * t.image + looks * t.crop),
+            "vision": 2 * m.vision * m.patches * (c.questions * t.image + looks * t.crop * (1 + m.train_vision)
+                                                  + times * c.updates * m.train_vision * (prompts * t.image + looks * t.crop)),
             "score": 2 * body * looks * (t.observation + WRAP),                                             # a crop and a label
             "update": c.updates * (times * (2 * body * (prompts * t.prompt + n * rest) + pair * (
                 prompts * t.prompt ** 2 + n * rest * t.total)) + 8 * head * own)}
@@ -154,12 +170,12 @@ def show(c) -> None:
     """Print the plan of a train.Config; of torchrun's ranks only the first does. Raises what Policy and read_jsonl raise."""
     if int(os.environ.get("RANK", 0)):
         return
-    m, world = read_model(c.model, c.dtype), int(os.environ.get("WORLD_SIZE", 1))
+    m, world = read_model(c.model, c.dtype, c.train_vision), int(os.environ.get("WORLD_SIZE", 1))
     t = read_questions(m, c)
     if c.questions % world:
         raise ValueError(f"--questions: expected a multiple of {world} ranks, found {c.questions}")
     print(f"""computed, not run: {c.model} in {c.dtype}, {c.questions} questions x {c.group} trajectories a step, up to {c.max_turns} turns of {c.max_tokens} tokens
-parameters  {m.all:,}: language model {m.trained:,}, trained, with embedding and lm_head of {m.ends:,}; vision tower {m.vision:,}, frozen
+parameters  {m.all:,}: language model {m.language:,}, trained, with embedding and lm_head of {m.ends:,}; vision tower {m.vision:,}, {"trained" if m.train_vision else "frozen"}
 questions   {f"{t.count:,} in {c.data}, {t.count / c.questions:.1f} steps an epoch" if c.data else "the embedded world, endless"}; first images {t.sizes[0]} to {t.sizes[1]}
 tokens      image {t.image}, crop {t.crop}, prompt {t.prompt}{"" if t.exact else " (no tokenizer.json: 3 characters a token)"}, conversation {t.total}, all at most
 micro-batch {max(1, c.micro_tokens // t.total)} trajectories (--micro_tokens {c.micro_tokens})
@@ -171,7 +187,7 @@ micro-batch {max(1, c.micro_tokens // t.total)} trajectories (--micro_tokens {c.
         print(f"{name:30}" + "".join(f"{column[name] / 1e9:10.{1 if m.all > 1e8 else 4}f}" for column in table))
     work = flops(m, c, t, world)
     seconds = {name: x / world / (TFLOPS * 1e12) for name, x in work.items()}
-    reads = m.trained * m.b + cache_bytes(m, c.questions * c.group // world, (t.prompt + t.total) // 2)    # for each token of a turn
+    reads = m.language * m.b + cache_bytes(m, c.questions * c.group // world, (t.prompt + t.total) // 2)    # for each token of a turn
     seconds["decode"] = max(seconds["decode"], c.max_turns * c.max_tokens * reads / (TERABYTES * 1e12))
     work["all"], seconds["all"] = sum(work.values()), sum(seconds.values())
     print(f"* WORLD_SIZE\n\n{'a step, computed, not run':30}{'PFLOP':>10}{'seconds':>10}")

@@ -39,9 +39,14 @@ class Tokens:
     ids: list[int]
     grids: list[tuple[int, int]] = field(default_factory=list)   # (height, width) in placeholders
     features: list[Tensor] = field(default_factory=list)         # (height x width, D) each, with DeepStack (.., D + k D)
+    patches: list[Tensor] = field(default_factory=list)          # what they were computed from, if the vision tower learns
 
     def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features)
+        return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features, self.patches + other.patches)
+
+    def cut(self, start: int, stop: int | None = None, image: int = 0) -> "Tokens":
+        """ids[start:stop], and the images from number `image` on."""
+        return Tokens(self.ids[start:stop], self.grids[image:], self.features[image:], self.patches[image:])
 
 
 def distinct(items: list) -> tuple[list, list[int]]:
@@ -122,6 +127,7 @@ class Policy:
         self.coordinates = coordinates or agent.get("coordinates", "pixels")
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
         self.value_head: torch.nn.Linear | None = None  # only PPO has one
+        self.train_vision = False                       # True: images keep their patches, and are encoded again where gradients are
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         vision = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
         self.banned = torch.tensor([i for t, i in self.tokenizer.get_added_vocab().items() if t in vision], device=device)
@@ -137,9 +143,9 @@ class Policy:
         torch.nn.init.zeros_(self.value_head.bias)
 
     def recompute_layers(self) -> None:
-        """Activation checkpointing: backward computes each layer of the language model again, and none is stored.
+        """Activation checkpointing: backward computes each layer again, and none is stored.
         (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
-        for layer in self.language.layers:
+        for layer in [*self.language.layers, *self.model.model.visual.blocks]:
             layer.forward = functools.partial(recomputed, layer.forward)
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
@@ -148,19 +154,35 @@ class Policy:
 
     # ---- text and images -> Tokens -----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> list[Tokens]:
         """Placeholders with features, one `Tokens` an image. The images have the size that the model shall see.
 
-        Without gradients: the vision tower stays frozen, so an image is encoded once for sampling, training and score."""
+        Without gradients: where the vision tower is frozen, an image is encoded once for sampling, training and score."""
         if not images:
             return []
         batch = self.processor(images=images, do_resize=False, return_tensors="pt")
-        pixels = batch["pixel_values"].to(self.device, self.model.dtype)
-        output = self.model.get_image_features(pixels, batch["image_grid_thw"].to(self.device))
-        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]  # Qwen3-VL has the latter
         grids = [(h // self.merge, w // self.merge) for _, h, w in batch["image_grid_thw"].tolist()]
-        return [Tokens([self.image_id] * (h * w), [(h, w)], [torch.cat(f, -1)]) for (h, w), *f in zip(grids, *layers)]
+        patches = batch["pixel_values"].split([h * w * self.merge ** 2 for h, w in grids])
+        with torch.no_grad():
+            features = self.see(patches, grids)
+        return [Tokens([self.image_id] * (h * w), [(h, w)], [f], [p] if self.train_vision else [])
+                for (h, w), f, p in zip(grids, features, patches)]
+
+    def see(self, patches: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+        """The vision tower: the processor's patches of each image -> its features."""
+        shapes = torch.tensor([[1, h * self.merge, w * self.merge] for h, w in grids], device=self.device)
+        output = self.model.get_image_features(torch.cat(list(patches)).to(self.device, self.model.dtype), shapes)
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]  # Qwen3-VL has the latter
+        return [torch.cat(f, -1) for f in zip(*layers)]
+
+    def features(self, batch: list[Tokens]) -> list[Tensor]:
+        """Of all images in the batch; with gradients, if the vision tower learns. Images that rows share are encoded once."""
+        if not self.train_vision or not torch.is_grad_enabled():
+            return [f for t in batch for f in t.features]
+        patches, which = distinct([p for t in batch for p in t.patches])
+        grids = dict(zip(which, [g for t in batch for g in t.grids]))
+        seen = self.see(patches, [grids[i] for i in range(len(patches))]) if patches else []
+        return [seen[i] for i in which]
 
     def tokens(self, *parts: "str | Tokens") -> Tokens:
         """Concatenate texts and encoded images. Text is trusted: special tokens in it become special tokens."""
@@ -210,7 +232,7 @@ class Policy:
         ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
         mask = mask if past is None else torch.cat([past, mask], 1)
         embeddings, more = self.language.embed_tokens(ids), {}
-        if features := [f for t in batch for f in t.features]:
+        if features := self.features(batch):
             images, width = ids == self.image_id, embeddings.shape[-1]
             first, *deeper = torch.cat(features).to(embeddings).split(width, -1)
             embeddings = embeddings.masked_scatter(images[..., None], first)
@@ -225,9 +247,9 @@ class Policy:
         shared, which = distinct(prompts)
         index = torch.tensor(which, device=self.device)
         cache = Cache(layer_class_to_replicate=Repeatable)
-        _, past, ends = self.hidden([Tokens(p.ids[:-1], p.grids, p.features) for p in shared], left=True, cache=cache)
+        _, past, ends = self.hidden([p.cut(0, -1) for p in shared], left=True, cache=cache)
         layers = [Repeatable((layer.keys.index_select(0, index), layer.values.index_select(0, index))) for layer in cache.layers]
-        rest = [Tokens(t.ids[len(p.ids) - 1:], t.grids[len(p.grids):], t.features[len(p.grids):]) for t, p in zip(batch, prompts)]
+        rest = [t.cut(len(p.ids) - 1, image=len(p.grids)) for t, p in zip(batch, prompts)]
         return self.hidden(rest, [ends[i] for i in which], past=past[index], cache=Cache(layers=layers))[0]
 
     # ---- the one distribution ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data import DataError, Question, World, holds, shows, world_questions
 from policy import Policy, Tokens, distinct
-from rollout import Trajectory
+from rollout import Trajectory, Turn
 from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, Call, fit, zoom
 
 SHARPNESS, THRESHOLD = 1.5, 2.0   # k and z0 of eq. 7
@@ -77,10 +77,11 @@ def format_reward(trajectory: Trajectory) -> float:
 class Scorer:
     """Eq. 5 to 7 with a frozen policy as the encoder. Labels are embedded once and remembered."""
 
-    def __init__(self, policy: Policy, questions: list[Question] | None = None, per_question: int = 2):
+    def __init__(self, policy: Policy, questions: list[Question] | None = None, per_question: int = 2, own_eyes: bool = False):
         """Reference crops are cut from these questions' images (None: 64 of the embedded world) at random, with sides of
-        1/8 to 1/2 of the image (so they need no annotation)."""
-        self.policy, self.labels = policy, {}
+        1/8 to 1/2 of the image (so they need no annotation). own_eyes: the agent has another vision tower, or trains it,
+        so that its features of a crop cannot serve here."""
+        self.policy, self.labels, self.own_eyes = policy, {}, own_eyes
         rng, crops = np.random.default_rng(0), []
         for question in questions or world_questions(World(), 0, "train", 10**6, 64):
             image = question.open()
@@ -91,6 +92,14 @@ class Scorer:
                 box = (x * seen[0], y * seen[1], (x + side) * seen[0], (y + side) * seen[1])
                 crops.append(zoom(image, Call("", box), seen, policy.resolution)[0])
         self.references = policy.embed(policy.encode_images(crops))                  # (K, D)
+
+    def crops(self, looks: list[Turn]) -> list[Tokens]:
+        """What each look showed, as this encoder sees it."""
+        if not self.own_eyes:
+            return [turn.crop_tokens for turn in looks]
+        shown = {id(turn.crop_tokens): turn.crop for turn in looks}                  # many looks share a crop
+        seen = dict(zip(shown, self.policy.encode_images([fit(c, self.policy.resolution.crop()) for c in shown.values()])))
+        return [seen[id(turn.crop_tokens)] for turn in looks]
 
     def embed_labels(self, labels: list[str]) -> Tensor:
         """(N, D), in a form that neither case nor an article changes."""
@@ -123,7 +132,7 @@ def score(trajectories: list[Trajectory], scorer: Scorer, describe: str = "befor
     looks = [(t, k, turn) for t in trajectories for k, turn in enumerate(t.turns) if turn.crop_tokens]
     if looks:
         labels = [turn.call.label if describe == "before" else said_after(t, k) for t, k, turn in looks]
-        for (*_, turn), value in zip(looks, scorer(labels, [turn.crop_tokens for *_, turn in looks]).tolist()):
+        for (*_, turn), value in zip(looks, scorer(labels, scorer.crops([turn for *_, turn in looks])).tolist()):
             turn.score = value
     return rewards(trajectories)
 

@@ -75,7 +75,7 @@ def build_model(folder: Path, seed: int) -> None:
     for i in range(1500):
         question = world_question(World(options=i % 9 if i % 9 != 1 else 4), seed, "cold", i)
         corpus += [question.prompt, LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
-                   "system user assistant Error no"] + [text for text, _ in demonstrate(question, rng, gap=.5)]
+                   "system user assistant Error no"] + [text for text, _ in demonstrate(question, rng, noise=0.)]
     for piece in SCAFFOLD:
         corpus = [text.replace(piece, "\n") for text in corpus]
     tokenizer = build_tokenizer(corpus)
@@ -136,18 +136,18 @@ def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., n
             turns.append((f"<think>{thought}</think>{call_text('the ' + name, box)}", box))
             thought = f"look closer at the {name}"
         seen = shows(tuple(v * 8 for v in box), plate)
-        marks.append(question.marks[name] if seen else made_up(question, len(marks), rng))
+        marks.append(question.marks[name] if seen else made_up(question, marks, rng))
         thought = f"the {name} has {marks[-1]}, "
     if short:
-        marks.append(made_up(question, 1, rng))
+        marks.append(made_up(question, marks, rng))
     return turns + [(f"<think>{thought[:-2]}</think><answer>{' and '.join(marks)}</answer>", None)]
 
 
-def made_up(question: Question, place: int, rng: np.random.Generator) -> str:
-    """A mark for the question's first or second object, which was not seen: what some option says of it."""
-    if not question.choices:
-        return str(rng.choice(MARKS))
-    return str(rng.choice(question.choices)).split(" and ")[place]
+def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
+    """The next mark, which was not seen: what some option says that agrees with the marks given so far."""
+    options = [option.split(" and ") for option in question.choices] or [[*marks, mark] for mark in MARKS]
+    fitting = [option[len(marks)] for option in options if option[:len(marks)] == marks]
+    return fitting[int(rng.integers(len(fitting)))]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -196,6 +196,17 @@ class Source:
                     piece = self.policy.tokens(text)
                     tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
             samples.append((tokens, mask))
+        return samples
+
+    def guesses(self, count: int) -> list[tuple[Tokens, list[bool]]]:
+        """Questions without a picture: their options in random order, then one of them. Bluffs learn here to read the options."""
+        samples = []
+        while len(samples) < count:
+            if (question := self.question(comparison=.3)).choices:
+                options = ", ".join(self.rng.permutation(question.choices))
+                prompt = self.policy.prompt(Tokens([]), question.prompt)
+                said = self.policy.tokens(f"<think>{options}</think><answer>{self.pick(question.choices)}</answer>")
+                samples.append((prompt + said, [False] * len(prompt.ids) + [True] * len(said.ids)))
         return samples
 
     def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
@@ -319,16 +330,17 @@ def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Ten
 
 
 def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float, log,
-                   gap: float | None = None, weight: float = .2) -> None:
-    """The language model on frozen eyes: box lists (gap None), or demonstrations with the embedding beside them."""
+                   gap: float | None = None) -> None:
+    """The language model on frozen eyes: box lists (gap None), or demonstrations with the embedding and guesses beside them."""
 
     def loss_at(step):
         samples, pairs = (source.listings(batch), []) if gap is None else source.demonstrations(batch, gap)
         loss, exact = imitate(policy, samples)
         report = {"loss": loss.item(), "exact": exact.item()}
         if pairs:
-            nce, match = contrast(policy, pairs)
-            loss, report = loss + weight * nce, report | {"nce": nce.item(), "match": match.item()}
+            (nce, match), (guess, _) = contrast(policy, pairs), imitate(policy, source.guesses(batch // 2))
+            loss = loss + .2 * nce + .5 * guess
+            report |= {"nce": nce.item(), "match": match.item(), "guess": guess.item()}
         return loss, report
 
     optimise(list(policy.language.parameters()), loss_at, steps, lr, name, log)

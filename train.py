@@ -11,8 +11,8 @@ DAPO draws again where a group has no signal, PPO has a critic instead of the gr
 A checkpoint every `save_every` steps; --resume goes on from the newest one.
 
 What is left out: no KL penalty and no reference policy in the loss (kl is measured, not punished), no asynchronous
-sampling; the vision tower stays frozen, so that each image is encoded once and serves sampling, training and the
-semantic score.
+sampling. By default the vision tower is frozen, so that each image is encoded once and serves sampling, training and the
+semantic score; with --train_vision every update encodes it again, and the frozen base looks at the crops itself.
 
 Run it:  python train.py                                     # MAPO on the embedded agent
          python train.py --algo grpo                         # the same without the semantic score
@@ -60,7 +60,7 @@ class Config:
     describe: str = dataclasses.field(default="before", metadata={"help": "the words that are scored: before the look, or after (to see why not)"})
     luck: float = dataclasses.field(default=0., metadata={"help": "probability that a trajectory is paid whatever it answers: simulated luck"})
     format_weight: float = dataclasses.field(default=0., metadata={"help": "share of the outcome that pays valid format"})
-    steps: int = dataclasses.field(default=30, metadata={"help": "batches of trajectories"})
+    steps: int = dataclasses.field(default=50, metadata={"help": "batches of trajectories"})
     questions: int = dataclasses.field(default=16, metadata={"help": "questions a step"})
     group: int = dataclasses.field(default=8, metadata={"help": "trajectories a question"})
     max_turns: int = dataclasses.field(default=4, metadata={"help": "turns a trajectory; the last cannot look"})
@@ -70,7 +70,7 @@ class Config:
     critic_lr: float = dataclasses.field(default=1e-2, metadata={"help": "of PPO's value head, a linear map of hidden states"})
     clip: float = dataclasses.field(default=1., metadata={"help": "scales the algorithm's clip range"})
     updates: int = dataclasses.field(default=2, metadata={"help": "optimiser steps on each batch of trajectories"})
-    micro_tokens: int = dataclasses.field(default=6144, metadata={"help": "padded tokens a micro-batch"})
+    micro_tokens: int = dataclasses.field(default=2048, metadata={"help": "padded tokens a micro-batch"})
     grad_clip: float = dataclasses.field(default=1., metadata={"help": "largest gradient norm"})
     data: str = dataclasses.field(default="", metadata={"help": ".jsonl of training questions; default: the embedded world"})
     test: str = dataclasses.field(default="", metadata={"help": ".jsonl of held-out questions, with --data"})
@@ -81,6 +81,7 @@ class Config:
     device: str = dataclasses.field(default="cpu", metadata={"help": "cpu or cuda"})
     dtype: str = dataclasses.field(default="float32", metadata={"help": "of the weights, float32 or bfloat16; the optimiser is float32"})
     coordinates: str = dataclasses.field(default="", metadata={"help": "of boxes: pixels, or 1000 (thousandths); default: the model's, else pixels"})
+    train_vision: bool = dataclasses.field(default=False, metadata={"help": "train the vision tower as well; frozen, images are encoded once"})
     recompute: bool = dataclasses.field(default=False, metadata={"help": "activation checkpointing: less memory, a third more time"})
     timeout: float = dataclasses.field(default=1800., metadata={"help": "seconds to wait for another rank before it is an error"})
     threads: int = dataclasses.field(default=1, metadata={"help": "CPU threads"})
@@ -412,9 +413,10 @@ def train(config: Config) -> dict:
         stream, tests = Questions(config), held_out(config)
         dtype = getattr(torch, config.dtype)
         base, policy = (Policy(path, device, dtype, config.coordinates) for path in (config.model, checkpoint or config.model))
-        scorer = Scorer(base, stream.file[:64] or None)
+        scorer = Scorer(base, stream.file[:64] or None, own_eyes=config.train_vision)
+        policy.train_vision = config.train_vision
         policy.model.requires_grad_(False)
-        parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+        parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if config.train_vision or "visual" not in n]
         if config.recompute:
             policy.recompute_layers()
         if row.critic:

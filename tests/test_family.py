@@ -30,6 +30,7 @@ from tests.test_eval import files  # noqa: F401, a fixture: a file of each bench
 from tools import fit
 from train import Config, Questions, accumulate, load_checkpoint, spread, train
 
+SETTINGS = {"qwen2_5_vl": dict(coordinates="pixels", recompute=True), "qwen3_vl": dict(coordinates="1000", recompute=True, train_vision=True)}
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
 
 
@@ -130,6 +131,74 @@ def test_recompute_gives_the_same_gradient(directories):
         assert plain.norm() > 0 and (plain - gradient(policy, trajectories, optimiser)).norm() < 1e-6 * plain.norm()
 
 
+@pytest.fixture
+def seeing(model):
+    """The model with a vision tower that learns, and three questions' images with a crop each: sequences, and how they begin."""
+    model.train_vision = True
+    qs = world_questions(World(), 0, "test", 0, 3)
+    pictures = [(fit(q.open(), model.resolution), fit(q.open(), model.resolution.crop())) for q in qs]
+    encoded = [model.encode_images(list(pair)) for pair in pictures]
+    prompts = [model.prompt(image, q.prompt) for (image, _), q in zip(encoded, qs)]
+    yield pictures, [p + model.observation(crop) + model.tokens("the red circle") for p, (_, crop) in zip(prompts, encoded)], prompts
+    model.train_vision = False
+    model.model.zero_grad()
+
+
+def vision_gradient(model, loss):
+    model.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.model.model.visual.parameters()])
+
+
+def test_vision_gradient_equals_transformers_own(model, seeing):
+    """--train_vision: through features, DeepStack and a prompt that rows share (three times the first one, encoded once), the tower
+    gets the gradient of the whole model's own forward passes."""
+    pictures, sequences, prompts = seeing
+    batch, starts = [sequences[i] for i in (0, 0, 0, 1, 2)], [prompts[i] for i in (0, 0, 0, 1, 2)]
+    masks = [[i >= len(t.ids) - 3 for i in range(len(t.ids))] for t in batch]
+    ours = [vision_gradient(model, model.logprobs(batch, masks, prompts=p)[0].sum()) for p in (starts, None)]
+    total = 0.
+    for row, mask, i in zip(batch, masks, (0, 0, 0, 1, 2)):
+        inputs = model.processor(images=list(pictures[i]), do_resize=False, return_tensors="pt")
+        ids = torch.tensor([row.ids])
+        hidden = model.model.model(input_ids=ids, mm_token_type_ids=(ids == model.image_id).int(), **inputs).last_hidden_state
+        total = total + model.log_softmax(hidden[0, -4:-1], 1.).gather(-1, ids[0, -3:, None]).sum()
+    theirs = vision_gradient(model, total)
+    assert theirs.norm() > 0 and all((g - theirs).norm() < 1e-4 * theirs.norm() for g in ours)
+
+
+def test_shared_images_are_encoded_once(model, seeing, monkeypatch):
+    """A micro-batch of one group: its overview and each different crop go through the tower once; without gradients, nothing does."""
+    _, sequences, prompts = seeing
+    counts, real = [], Policy.see
+    monkeypatch.setattr(Policy, "see", lambda self, patches, grids: counts.append(len(patches)) or real(self, patches, grids))
+    masks = [[False] * (len(sequences[0].ids) - 1) + [True]] * 4
+    with torch.no_grad():
+        still = model.logprobs([sequences[0]] * 4, masks, prompts=[prompts[0]] * 4)[0]
+    assert counts == []
+    moving = model.logprobs([sequences[0]] * 4, masks, prompts=[prompts[0]] * 4)[0]
+    assert counts == [1, 1] and (still - moving).abs().max() < 1e-5
+
+
+def test_a_base_with_other_eyes_looks_itself(model, sampled, directories):
+    """Semantic scores do not change when the agent's vision tower does: the frozen base encodes the crops again."""
+    trajectories, _ = sampled
+    base, qs = Policy(directories[model.path.name]), world_questions(World(), 0, "train", 0, 4)
+    assert evaluation.same_eyes(model, base)
+    expected = score(trajectories, Scorer(base, qs))[1]
+    looks = [turn for t in trajectories for turn in t.looks]
+    real = [turn.crop_tokens for turn in looks]
+    for turn in looks:  # as from a tower that has changed
+        turn.crop_tokens = Tokens(turn.crop_tokens.ids, turn.crop_tokens.grids, [torch.randn_like(turn.crop_tokens.features[0])])
+    blind, own = score(trajectories, Scorer(base, qs))[1], score(trajectories, Scorer(base, qs, own_eyes=True))[1]
+    for turn, tokens in zip(looks, real):
+        turn.crop_tokens = tokens
+    assert torch.allclose(own, expected, atol=1e-3) and not torch.allclose(blind, expected, atol=1e-2)
+    with torch.no_grad():
+        next(base.model.model.visual.parameters()).add_(1e-3)
+    assert not evaluation.same_eyes(model, base)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_benchmark(name, directories, files, tmp_path, monkeypatch, capsys):  # noqa: F811
     """eval.py asks V*, HR-Bench and MME-RealWorld-Lite, semantic score included."""
@@ -167,7 +236,7 @@ def trained(directories, tmp_path_factory):
     file = write_jsonl(world_questions(World(), 0, "train", 0, 8), folder / "data")
     for name in FAMILY:
         done = torchrun(*flags(small(directories[name], folder / name, data=str(file), test=str(file), eval_questions=4 * (name == FAMILY[0]),
-                                     coordinates=dict(zip(FAMILY, ("pixels", "1000")))[name], recompute=True)))
+                                     **SETTINGS[name])))
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / name / "stdout").write_text(done.stdout)
     return folder
@@ -179,15 +248,15 @@ def metrics(folder):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_two_ranks_train(name, directories, trained):
-    """Signal, gradients and scores from both ranks; the language model moved, the vision tower not; boxes as asked."""
+    """Signal, gradients and scores from both ranks; the language model moved, the vision tower only with --train_vision; boxes as asked."""
     lines = metrics(trained / name)
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled"] == 8 and len(list(trained.glob(f"{name}/step-000002/state-*.pt"))) == 2
     assert all(0 < line["grad_norm"] < math.inf and line["signal_groups"] > 0 and line["calls"] > 0 and line["semantic"] > 0 for line in lines)
     assert all(line["logp_gap"] < 1e-4 for line in lines)
     before, after = load_file(directories[name] / "model.safetensors"), load_file(trained / name / "model.safetensors")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert all(("visual" in key) != (key in moved) for key in before)
-    assert json.loads((trained / name / "agent.json").read_text())["coordinates"] == dict(zip(FAMILY, ("pixels", "1000")))[name]
+    assert moved == {key for key in before if "visual" not in key or "train_vision" in SETTINGS[name]}
+    assert json.loads((trained / name / "agent.json").read_text())["coordinates"] == SETTINGS[name]["coordinates"]
     assert ("after training, sampled" in (trained / name / "stdout").read_text()) == (name == FAMILY[0])
 
 
@@ -196,8 +265,8 @@ def test_two_ranks_checkpoint_loads_on_one(name, trained, tmp_path):
     """The shards of two ranks, put together: parameters and master weights are the checkpoint's model, moments the shards end to end."""
     checkpoint = trained / name / "step-000002"
     policy = Policy(checkpoint)
-    weights = {n: p.detach().clone() for n, p in policy.model.named_parameters() if "visual" not in n}
-    parameters = [p for n, p in policy.model.named_parameters() if "visual" not in n]
+    weights = {n: p.detach().clone() for n, p in policy.model.named_parameters() if "visual" not in n or "train_vision" in SETTINGS[name]}
+    parameters = [p for n, p in policy.model.named_parameters() if n in weights]
     with torch.no_grad():
         [p.add_(1) for p in parameters]
     optimiser = ShardedAdamW(parameters)
@@ -268,7 +337,7 @@ def on_two_ranks(folder, runs, directories):
     for algo in ("ppo", "dapo"):
         seen[f"train {algo}"] = train(small(ROOT / "tiny", f"{folder}/{algo}", algo=algo, questions=4, data=f"{runs}/data/questions.jsonl"))
     for name, model in directories.items():
-        again = dict(data=f"{runs}/data/questions.jsonl", coordinates=dict(zip(FAMILY, ("pixels", "1000")))[name], recompute=True, steps=3)
+        again = dict(data=f"{runs}/data/questions.jsonl", steps=3, **SETTINGS[name])
         train(small(model, f"{folder}/{name}", **again))
         train(small(model, f"{folder}/{name}-resumed", **again, resume=True))
         seen[f"{name} bfloat16"] = train(small(model, f"{folder}/{name}-bfloat16", **again | dict(steps=1, dtype="bfloat16")))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 import plan
 import shard
-from conftest import ROOT
+from conftest import FAMILY, ROOT
 from policy import Policy, Session
 from tools import fit
 from train import Config
@@ -124,6 +124,37 @@ def test_peak_of_a_real_micro_batch(larger, measured, recompute):
     expected = update["peak of update"] - fixed
     print(f"\nrecompute {recompute}: measured {measured[recompute]} bytes, planned {expected}")
     assert .5 * expected < measured[recompute] < 1.1 * expected         # the plan is an upper bound, but for the allocator
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_stored_by_a_vision_tower_that_learns(name, directories):
+    """Bytes that autograd keeps, each storage once, without the weights; the plan is an upper bound."""
+    policy, kept = Policy(directories[name]), {}
+    policy.train_vision = True
+    image = policy.encode_images([Image.new("RGB", (6 * policy.resolution.factor,) * 2)] * 4)
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        features = policy.features(image)
+    expected = plan.vision_bytes(plan.read_model(str(directories[name]), train_vision=True), 4 * 6 * 6 * 4)[0]
+    print(f"\n{name}: {sum(kept.values())} bytes, planned {expected}")
+    assert features[0].requires_grad and .4 * expected < sum(kept.values()) <= expected
+
+
+def test_trained_vision_costs_more(model, policy):
+    """Its weights get an optimiser; the language model's part of the work stays."""
+    c, more = Config(), Config(train_vision=True)
+    m, t = plan.read_model(str(ROOT / "tiny"), train_vision=True), plan.read_questions(model, c)
+    frozen, learns = plan.memory(model, c, t, 1), plan.memory(m, more, t, 1)
+    assert m.trained == m.all and learns["optimiser shard"] - frozen["optimiser shard"] == 12 * m.vision
+    assert learns["activations"] > frozen["activations"] and learns["image features"] > frozen["image features"]
+    before, after = plan.flops(model, c, t, 1), plan.flops(m, more, t, 1)
+    assert after["vision"] > before["vision"] and all(after[k] == before[k] for k in before if k != "vision")
 
 
 def test_recompute_and_shared_prompts_save_memory(model):

@@ -1,15 +1,17 @@
 """The embedded agent: small, standard, and built by the script beside it."""
-import numpy as np
-import pytest
+import re
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 from conftest import ROOT
 from data import World, world_questions
 from eval import evaluate
 from policy import Policy
-from reward import grounded, measure, outcome
-from tiny import demonstrate
+from reward import choose, grounded, measure, outcome
+from tiny import Source, demonstrate
 from tools import Answer, Call, parse
 
 
@@ -34,7 +36,7 @@ def test_tokenizer_round_trip(policy):
 
 @pytest.mark.parametrize("gap", [0., 1.])
 def test_demonstrations_are_valid(gap):
-    """Every turn parses; an honest demonstration is grounded and right; one with the gap still names the right object."""
+    """Every turn parses; an honest demonstration is grounded and right; one with the gap still names the right object, and an option."""
     rng = np.random.default_rng(0)
     for q in world_questions(World(), 0, "cold", 0, 60):
         turns = demonstrate(q, rng, gap, noise=0.)
@@ -42,16 +44,32 @@ def test_demonstrations_are_valid(gap):
         assert all(isinstance(a, Call) for a in actions[:-1]) and isinstance(actions[-1], Answer)
         names = {name for name, box in q.objects.items() if box in q.boxes}
         assert {a.label.removeprefix("the ") for a in actions[:-1]} <= names
+        assert choose(actions[-1].text, q.choices) is not None
         if not gap:
             assert outcome(q, actions[-1].text) == 1 and len(actions) == (2 if q.category == "direct_attributes" else 3)
 
 
+def test_guesses_read_the_options(policy):
+    """Each option once, in any order, then one of them; nothing else is learnt."""
+    firsts = set()
+    for tokens, mask in Source(policy, 0, 0, 1).guesses(20):
+        asked, said = (policy.decode([i for i, own in zip(tokens.ids, mask) if own == side]) for side in (False, True))
+        listed, answer = re.fullmatch(r"<think>(.*)</think><answer>(.*)</answer>", said).groups()
+        options = re.findall(r"\([A-H]\) ([a-z ]+?)(?= \(|<)", asked)
+        assert sorted(listed.split(", ")) == sorted(options) and answer in options
+        firsts.add(options.index(listed.split(", ")[0]))
+    assert len(firsts) > 2
+
+
 def test_the_start_has_a_gap(policy):
-    """What MAPO is for: valid calls, few hits, and yet right where the crops show the evidence."""
+    """What MAPO is for: valid calls, few hits, bluffs that guess among the options, and yet right where the crops show the evidence."""
     trajectories = evaluate(policy, world_questions(World(), 0, "test", 0, 200), temperature=1.)
     m = measure(trajectories)
     assert m["valid"] > .95 and m["calls"] > .9
     assert .15 < m["hit"] < .40 and m["gap"] > .5
+    blind = [t for t in trajectories if not grounded(t)]
+    assert np.mean([choose(t.answer or "", t.question.choices) is not None for t in blind]) > .65
+    assert .12 < np.mean([outcome(t.question, t.answer) for t in blind]) < .3
     seen = [t for t in trajectories if grounded(t)]
     assert len(seen) > 30 and np.mean([outcome(t.question, t.answer) for t in seen]) > .75  # .88 of 104; two standard errors of 38
     assert measure(evaluate(policy, world_questions(World(), 0, "test", 0, 200)))["hit"] < .5
