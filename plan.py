@@ -15,8 +15,8 @@ What it teaches: where 80 GB go. n weights, m of them trained, b bytes a weight 
                       K b             the mask, which each layer turns from booleans into numbers
                   --recompute stores D b instead. Backward then needs a layer's gradients, with --recompute also that layer again.
                   --train_vision adds the vision tower's layers, a patch: 2 D (4 + 2 b) + 5 D b + 4 I b
-    logits        16 x vocabulary x min(2048, own tokens): logp, exp, clamp and product live at once in policy.logprobs;
-                  they are gone before backward reaches a layer, so the larger of the two counts
+    logits        12 x vocabulary x min(512, own tokens): logits, their exp and what logsumexp needs in policy.TokenLogprobs; they
+                  are gone before backward reaches a layer, so the larger of the two counts
 
 All are upper bounds: each trajectory takes all its turns, each turn all its tokens. Not counted: CUDA's context (1 GB), the
 allocator's fragments, the kernels' workspace.
@@ -37,7 +37,7 @@ from data import World, read_jsonl, world_questions
 from tools import Resolution, system_prompt
 
 TFLOPS, TERABYTES = 100., 1.                            # assumed, sustained, a GPU: a third of an A100's bf16 peak, half of its bandwidth
-CHUNK, SPARE, BUCKET, SUMMARY, TRIAL = 2048, 64, 2**25, 256, 64   # policy.logprobs, .Spare, shard.ShardedAdamW, policy.embed, eval.evaluate
+CHUNK, SPARE, BUCKET, SUMMARY, TRIAL = 512, 64, 2**25, 256, 64    # policy.logprobs, .Spare, shard.ShardedAdamW, policy.embed, eval.evaluate
 WRAP, FIRST = 32, 32                                    # tokens of ChatML and tool tags around a text or an image; rows of --data looked at
 
 
@@ -107,7 +107,7 @@ def activation_bytes(m: SimpleNamespace, rows: int, group: int, prompt: int, tot
 def vision_bytes(m: SimpleNamespace, patches: int, recompute: bool = False) -> tuple[int, int]:
     """Of the vision tower, where it learns: stored for backward, and of the layer in backward."""
     layer = patches * (m.vision_hidden * (8 + 9 * m.b) + 4 * m.vision_inner * m.b)
-    outside = patches * (m.patch * m.b + 2 * m.vision_hidden * (4 + 4 * m.b))                                # patches, embedding, merger
+    outside = patches * (m.patch * m.b + 3 * m.vision_hidden * (4 + 4 * m.b))                                # patches, embedding, merger
     return m.vision_layers * (patches * m.vision_hidden * m.b if recompute else layer) + outside, layer * (1 + recompute)
 
 
@@ -139,7 +139,7 @@ def memory(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, f
         more, one = vision_bytes(m, images(math.ceil(rows / c.group), rows) * m.patches, c.recompute)
         stored, layer = stored + more, max(layer, one)
     update = rollout | {"activations": stored, "a layer in backward": layer,
-                        "logits": 16 * m.vocabulary * min(CHUNK, rows * c.max_turns * c.max_tokens),
+                        "logits": 12 * m.vocabulary * min(CHUNK, rows * c.max_turns * c.max_tokens),
                         "bucket": max(m.largest, min(BUCKET, m.trained)) * (4 + 4 / ranks * (ranks > 1)) + 2 * m.b * m.largest}
     rollout |= generating(m, c, t, questions, c.group)
     phases = {"rollout": rollout, "update": update, "evaluation": generating(m, c, t, trial, 1) if trial else {}}

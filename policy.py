@@ -99,6 +99,49 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
 
 
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(W h / T) at one token a row, and the entropy there, with the backward pass by hand:
+
+        d logp_y / d logits = (1 at y) - p
+
+    Logits are V numbers a token, more than all else of it. They exist for `chunk` tokens at a time, are changed in place, and are
+    computed again in the backward pass; autograd would keep several copies of all of them."""
+
+    @staticmethod
+    def logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+        """(n, D) -> (n, V) in float32. Banned: finite, so that 0 times it is 0, and too small to have an exp."""
+        return F.linear(hidden / temperature, weight).float().index_fill_(-1, banned, -1e30)
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, banned: Tensor, temperature: float,
+                chunk: int) -> tuple[Tensor, Tensor]:
+        """hidden (N, D), targets (N,) -> logp (N,), and entropy (N,), which has no gradient."""
+        logp, entropy, norms = [], [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = TokenLogprobs.logits(h, weight, banned, temperature)
+            norm = logits.logsumexp(-1, keepdim=True)
+            logp.append((logits.gather(-1, y[:, None]) - norm)[:, 0])
+            entropy.append(norm[:, 0] - torch.einsum("nv,nv->n", (logits - norm).exp_(), logits))
+            norms.append(norm)
+        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(norms))
+        ctx.settings = temperature, chunk
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logp), entropy
+
+    @staticmethod
+    def backward(ctx, slope: Tensor, _) -> tuple:
+        (hidden, weight, targets, banned, norms), (temperature, chunk) = ctx.saved_tensors, ctx.settings
+        to_hidden, to_weight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for h, y, norm, g in zip(*(x.split(chunk) for x in (hidden, targets[:, None], norms, slope[:, None]))):
+            p = TokenLogprobs.logits(h, weight, banned, temperature).sub_(norm).exp_()
+            to_logits = p.mul_(-g).scatter_add_(-1, y, g).to(weight.dtype)
+            to_hidden.append(to_logits @ weight / temperature)
+            if to_weight is not None:
+                to_weight.addmm_(to_logits.T, h / temperature)
+        return torch.cat(to_hidden), to_weight, None, None, None, None
+
+
 class Policy:
     """A model directory of the Qwen2.5-VL or Qwen3-VL family with its tokenizer and image processor."""
 
@@ -256,17 +299,16 @@ class Policy:
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """(..., D) -> log-probabilities (..., V) in float32: what is sampled from, and what is trained."""
-        logits = self.model.lm_head(hidden).float() / temperature
-        return F.log_softmax(logits.index_fill(-1, self.banned, float("-inf")), -1)
+        return F.log_softmax(TokenLogprobs.logits(hidden, self.model.lm_head.weight, self.banned, temperature), -1)
 
-    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 2048,
+    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 512,
                  prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the tokens where a row's mask is true, the entropies there, and the values of the states in
         which they were chosen (0 without a value head), each (B, L - 1).
 
         Column t speaks of token t + 1; everything else is 0. Logits exist only at masked positions, `chunk` at a
-        time, and are computed again in the backward pass, so memory never holds (B, L, V). `prompts`: how each row
-        begins (mask false); rows that share the object share its computation."""
+        time: memory never holds (B, L, V). `prompts`: how each row begins (mask false); rows that share the object
+        share its computation."""
         hidden = self.hidden_after(batch, prompts) if prompts else self.hidden(batch)[0]
         skipped = [len(p.ids) - 1 for p in prompts] if prompts else [0] * len(batch)
         own = torch.zeros(len(batch), max(len(t.ids) for t in batch) - 1, dtype=torch.bool)  # in whole sequences ..
@@ -277,15 +319,7 @@ class Policy:
         targets = torch.tensor([i for t, mask in zip(batch, masks) for i, m in zip(t.ids[1:], mask[1:]) if m], device=self.device)
         own, own_hidden = own.to(self.device), hidden[at.to(self.device)]
 
-        def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            logp = self.log_softmax(h, temperature)
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-            return logp.gather(-1, y[:, None])[:, 0], entropy
-
-        pieces = [checkpoint(piece, h, y, use_reentrant=False) if torch.is_grad_enabled() else piece(h, y)
-                  for h, y in zip(own_hidden.split(chunk), targets.split(chunk))]
-        logp, entropy = (torch.cat(p) for p in zip(*pieces))
+        logp, entropy = TokenLogprobs.apply(own_hidden, self.model.lm_head.weight, targets, self.banned, temperature, chunk)
         values = self.value_head(own_hidden.detach().float())[:, 0] if self.value_head else torch.zeros_like(logp)
         zeros = torch.zeros(own.shape, device=self.device)
         return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy), zeros.masked_scatter(own, values)

@@ -146,7 +146,7 @@ def said_after(trajectory: Trajectory, k: int) -> str:
 
 def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
     """Outcomes r (N,), semantic scores s (N, T) and looked (N, T): was turn t a look that was scored?"""
-    r = torch.tensor([1. if t.lucky else outcome(t.question, t.answer) for t in trajectories])
+    r = torch.tensor([outcome(t.question, t.answer) for t in trajectories])
     turns = max(len(t.turns) for t in trajectories)
     s, looked = torch.zeros(len(trajectories), turns), torch.zeros(len(trajectories), turns, dtype=torch.bool)
     for i, trajectory in enumerate(trajectories):

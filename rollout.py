@@ -48,7 +48,6 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     end: str = ""                       # "answer", "max_turns", or the kind of a final error
-    lucky: bool = False                 # paid as right whatever it answered (train.py --luck)
 
     @property
     def looks(self) -> list[Turn]:

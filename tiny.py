@@ -5,9 +5,11 @@ after the other (joint training from scratch stayed at the prior over positions)
 
     see     the vision tower alone: what and where in the overview, which mark in a crop, read by the words for them
     aim     the language model alone: "the red circle" -> its box, for all objects of an image
-    act     whole demonstrations: think, say, look, read, answer; and the embedding of crops beside that of labels
+    act     whole demonstrations: think, say, look, read, answer; the embedding of crops beside that of labels; and, without
+            a picture, a guess among the options
     habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
-            in 70% of its questions looks one cell to its right (wrapping round), or stops one look short; then it bluffs
+            in 70% of its questions looks one cell to its right (wrapping round), or stops one look short; then it bluffs: says what
+            some option says
 
 The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
 directory. Two processes share the work (gradients are averaged), each with one thread.

@@ -58,7 +58,6 @@ class Config:
     lam: float = dataclasses.field(default=.95, metadata={"help": "discount of earlier looks in the trajectory's score"})
     credit: str = dataclasses.field(default="trajectory", metadata={"help": "advantage per trajectory or per turn"})
     describe: str = dataclasses.field(default="before", metadata={"help": "the words that are scored: before the look, or after (to see why not)"})
-    luck: float = dataclasses.field(default=0., metadata={"help": "probability that a trajectory is paid whatever it answers: simulated luck"})
     format_weight: float = dataclasses.field(default=0., metadata={"help": "share of the outcome that pays valid format"})
     steps: int = dataclasses.field(default=50, metadata={"help": "batches of trajectories"})
     questions: int = dataclasses.field(default=16, metadata={"help": "questions a step"})
@@ -132,9 +131,6 @@ def draw(policy: Policy, scorer: Scorer, stream: "Questions", step: int, config:
         part = collect(policy, stream(step, number)[shard.rank()::shard.world()][:missing], config.group, config.max_turns,
                        config.max_tokens, config.temperature, generator)
         score(part, scorer, config.describe)
-        if config.luck:
-            for trajectory, u in zip(part, torch.rand(len(part), generator=generator, device=policy.device).tolist()):
-                trajectory.lucky = u < config.luck
         sampled += part
         signal = mapo.has_signal(mapo.coupled_return(*rewards(part), config.beta, config.lam), config.group)
         kept += [t for i, t in enumerate(part) if row.max_draws == 1 or signal[i // config.group]]

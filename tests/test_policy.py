@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
-from policy import Policy, Session, Tokens, draw, mrope_positions
+from policy import Policy, Session, TokenLogprobs, Tokens, draw, mrope_positions
 from rollout import collect
 from tools import fit
 
@@ -162,6 +162,21 @@ def test_images_cannot_be_sampled(policy, trajectories):
     with torch.no_grad():
         _, entropy, _ = policy.logprobs([trajectories[0].tokens], [trajectories[0].mask])
     assert torch.isfinite(entropy).all()
+
+
+@pytest.mark.parametrize("temperature, chunk", [(1., 100), (.7, 3), (1.3, 1)])
+def test_log_probability_and_its_gradient_by_hand(temperature, chunk):
+    """Values, entropy and gradients to hidden states and to the head are autograd's through log_softmax; a banned token's row gets none."""
+    dice = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 5, generator=dice).requires_grad_() for n in (7, 11))
+    targets, banned, slope = torch.tensor([2, 9, 2, 4, 10, 3, 8]), torch.tensor([0, 5]), torch.randn(7, generator=dice)
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, banned, temperature, chunk)
+    whole = ((hidden @ weight.T) / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+    expected = whole.gather(-1, targets[:, None])[:, 0]
+    assert torch.allclose(logp, expected, atol=1e-6) and not entropy.requires_grad
+    assert torch.allclose(entropy, torch.distributions.Categorical(logits=whole).entropy(), atol=1e-5)
+    ours, theirs = (torch.autograd.grad((x * slope).sum(), (hidden, weight)) for x in (logp, expected))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)) and not ours[1][banned].any() and ours[1].any()
 
 
 def test_question_cannot_smuggle_special_tokens(policy):

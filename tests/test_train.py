@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mapo
+import reward
 import shard
 from conftest import ROOT
 from data import World, write_jsonl, world_questions
@@ -192,17 +193,21 @@ def test_resume_refuses_other_settings(tmp_path):
         train(small(tmp_path, steps=2, seed=1, resume=True))
 
 
-def test_simulated_luck_pays_what_is_wrong(tmp_path):
-    """--luck 1 pays every trajectory: no group has a signal without the score, and accuracy, measured on the answers, does not rise."""
-    metrics = train(small(tmp_path, steps=1, luck=1., algo="grpo", beta=0.))
-    assert metrics["signal_groups"] == 0 and metrics["grad_norm"] == 0 and metrics["accuracy"] < 1
+def test_groups_that_are_always_right_teach_nothing(tmp_path, monkeypatch):
+    """Without differences in a group, the outcome has no gradient; the semantic score has one."""
+    monkeypatch.setattr(reward, "outcome", lambda question, answer: 1.)
+    metrics = train(small(tmp_path, steps=1, algo="grpo", beta=0.))
+    assert metrics["signal_groups"] == 0 and metrics["grad_norm"] == 0
+    metrics = train(small(tmp_path, steps=1))
+    assert metrics["signal_groups"] > 0 and metrics["grad_norm"] > 0
 
 
-def test_dynamic_sampling_keeps_only_groups_with_signal(tmp_path):
+def test_dynamic_sampling_keeps_only_groups_with_signal(tmp_path, monkeypatch):
     """DAPO draws again for groups of equal returns, ten times at most: more is sampled than learnt from, never the reverse."""
     metrics = train(small(tmp_path, steps=1, questions=4, algo="dapo", beta=0.))
     assert metrics["sampled"] >= 16 and metrics["sampled"] % 4 == 0
-    assert train(small(tmp_path, steps=1, questions=2, algo="dapo", beta=0., luck=1.))["sampled"] == 10 * 2 * 4
+    monkeypatch.setattr(reward, "outcome", lambda question, answer: 1.)
+    assert train(small(tmp_path, steps=1, questions=2, algo="dapo", beta=0.))["sampled"] == 10 * 2 * 4
 
 
 def test_vision_tower_stays_frozen(tmp_path):
