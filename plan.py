@@ -132,8 +132,7 @@ def memory(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, f
     trial = min(TRIAL, math.ceil(c.eval_questions / ranks)) if c.test or not c.data else 0
     always = {"policy's weights": m.all * m.b, "frozen base's weights": m.all * m.b, "gradient shard": 4 * shard, "optimiser shard": 12 * shard}
     images = lambda prompts, rows: prompts * t.image + rows * (c.max_turns - 1) * t.crop                    # their tokens
-    kept = m.features * m.b + 4 * m.patch * m.patches * m.train_vision                                      # of each
-    rollout = {"image features": images(questions, questions * c.group) * kept}
+    rollout = {"image features": images(questions, questions * c.group) * m.features * m.b}
     stored, layer = activation_bytes(m, rows, c.group, t.prompt, t.total, c.recompute)
     if m.train_vision:
         more, one = vision_bytes(m, images(math.ceil(rows / c.group), rows) * m.patches, c.recompute)

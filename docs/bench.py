@@ -4,7 +4,7 @@
     b  updates: ours against padded batches in order of arrival and log_softmax of all logits; and their memory
     c  a whole step: ours against TRL's GRPOTrainer (docs/bench_trl.py)
     d  the limit: the step's matrix products alone, timed as torch.matmul on the same shapes; and where the time goes
-    e  growth: time a trajectory against turns, group and image size
+    e  growth: time a trajectory against turns, group and image size, and on two ranks
 
 Every comparison alternates A, B, A, B in one run and takes the median of the pairs' ratios, so that whatever else the
 machine does hits both. Seconds are CPU seconds of the process (all its threads): on an idle machine, with one thread, the
@@ -72,7 +72,7 @@ def load(path) -> tuple[Policy, ShardedAdamW]:
     return policy, ShardedAdamW([p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n])
 
 
-def our_update(policy: Policy, optimiser: ShardedAdamW, trajectories, advantage, micro_tokens: int = 6144, algo: str = "grpo") -> None:
+def our_update(policy: Policy, optimiser: ShardedAdamW, trajectories, advantage, micro_tokens: int = 2048, algo: str = "grpo") -> None:
     config = train.parse_config(["--algo", algo, "--micro_tokens", str(micro_tokens)])
     train.accumulate(policy, [optimiser], trajectories, train.spread(advantage, trajectories), config, mapo.ALGORITHMS[algo])
 
@@ -199,7 +199,7 @@ def usual_rollouts(model, policy: Policy, scenes, group: int, turns: int, tokens
     return trajectories
 
 
-def usual_update(model, policy: Policy, parameters, trajectories, pixels, advantage, micro_tokens: int = 6144) -> None:
+def usual_update(model, policy: Policy, parameters, trajectories, pixels, advantage, micro_tokens: int = 2048) -> None:
     """Padded batches in order of arrival, pixels through the (frozen) vision tower, logits of all tokens in float32,
     log_softmax, mapo.loss, backward. No entropy (ours computes it)."""
     longest = max(len(t.mask) for t in trajectories)
@@ -321,7 +321,7 @@ def update_case(name: str, folder: Path) -> dict:
             for t in trajectories:
                 t.logps = [0.] + policy.logprobs([t.tokens], [t.mask])[0][0].tolist()
     return {"path": path, "policy": policy, "optimiser": optimiser, "trajectories": trajectories, "pixels": pixels,
-            "advantage": torch.randn(len(trajectories), generator=generator), "micro": 6144 if name == "tiny" else 1024}
+            "advantage": torch.randn(len(trajectories), generator=generator), "micro": 2048 if name == "tiny" else 1024}
 
 
 def sides(case: dict) -> dict:
@@ -634,6 +634,14 @@ def part_d(args) -> list[dict]:
 
 # ---- e: growth -----------------------------------------------------------------------------------------------------------
 
+def on_ranks(ranks: int) -> float:
+    """Wall seconds a step of `torchrun train.py`, one thread a rank; the first step does not count."""
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "train.py",
+                        "--steps", "4", "--eval_questions", "2", "--out", out], check=True, capture_output=True)
+        return median(json.loads(line)["seconds"] for line in list(Path(out, "metrics.jsonl").open())[1:])
+
+
 def part_e(args) -> list[dict]:
     policy, optimiser = load("tiny")
     generator, scenes, rows = torch.Generator().manual_seed(0), opened(32), 64
@@ -657,7 +665,8 @@ def part_e(args) -> list[dict]:
         ratios = [(a + b) / (c + d) for a, b, c, d in zip(*spent[row, high], *spent[row, low])]
         records.append({"part": "e", "row": row, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)})
         print(f"e {row}: {high} against {low}: {median(ratios):.2f}", flush=True)
-    return records
+    alone, shared = zip(*((on_ranks(1), on_ranks(2)) for _ in range(2)))
+    return [*records, compare("e", "ranks", list(shared), list(alone))]
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
@@ -701,7 +710,7 @@ def page(records: list[dict]) -> str:
             lines += ["", f"Agent's tokens a trajectory, natural: {n['own_tokens']['ours']:.1f} ours, {n['own_tokens']['other']:.1f} generate."]
     if b := of("b"):
         lines += ["", "## b. Updates against padded batches and full logits", "",
-                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 6,144 padded tokens; 1 x 8 and "
+                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 2,048 padded tokens; 1 x 8 and "
                   "1,024 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
                   "tokens as ours, pixels through the frozen vision tower, float32 logits of *all* tokens, `log_softmax`, the "
                   "same loss. `vocabulary`: a random Qwen2.5-VL of "
@@ -756,6 +765,9 @@ def page(records: list[dict]) -> str:
         lines += [f"| {axis} | {value} | {1e3 * a:.1f} | {1e3 * b:.1f} | {1e3 * both:.1f} |" for axis, value, a, b, both in e["points"]["points"]]
         lines += ["", "| | ratio | target | |", "|---|---|---|---|", f"| 6 turns / 1 turn | {spread(e['turns'])} | {verdict(e['turns'])}",
                   f"| group 16 / group 2 | {spread(e['group'])} | {verdict(e['group'])}"]
+        if "ranks" in e:
+            lines += ["", f"A default step (16 questions x 8) takes {median(e['ranks']['other_s']):.1f} s of wall time on one rank and "
+                      f"{median(e['ranks']['ours_s']):.1f} s on two of one thread each: {spread(e['ranks'])} times as fast, on the two cores of this machine."]
     return "\n".join(lines) + "\n"
 
 

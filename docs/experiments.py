@@ -4,7 +4,7 @@ Every run is `python train.py` with the options below; runs of one comparison sh
 differences are paired by seed. The learning rate (1.5e-4, of 6e-5, 1e-4, 1.5e-4, 3e-4 and 6e-4) was chosen on seed 100 with MAPO,
 which is not reported, and serves every algorithm; no algorithm was tuned by itself.
 
-Run it:  python docs/experiments.py                       # trains what runs/experiments lacks, two runs at a time
+Run it:  python docs/experiments.py                       # trains what runs/experiments lacks, two runs at a time (--jobs)
          python docs/experiments.py --only luck           # one part
          python docs/experiments.py --table               # only docs/experiments.md, from docs/experiments.jsonl
 """
@@ -69,8 +69,8 @@ def mean_interval(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {T95[len(values)] * std / math.sqrt(len(values)):.{digits}f}"
 
 
-def at_end(run: dict, heat: str, key: str) -> float:
-    return run["results"][f"after {heat}"][key]
+def at_end(run: dict, heat: str, key: str, category: str = "all") -> float:
+    return run["results"][f"after {heat}"]["categories"][category][key]
 
 
 def area(run: dict, key: str = "accuracy") -> float | None:
@@ -87,7 +87,8 @@ def steps_to(run: dict, level: float) -> float:
 
 COLUMNS = {"accuracy, greedy": lambda r: at_end(r, "greedy", "accuracy"), "accuracy, sampled": lambda r: at_end(r, "sampled", "accuracy"),
            "hit, sampled": lambda r: at_end(r, "sampled", "hit"), "gap, greedy": lambda r: at_end(r, "greedy", "gap"),
-           "gap, sampled": lambda r: at_end(r, "sampled", "gap")}
+           "gap, sampled": lambda r: at_end(r, "sampled", "gap"), "looks at two objects": lambda r: at_end(r, "sampled", "calls", "comparison"),
+           "both seen": lambda r: at_end(r, "sampled", "hit", "comparison")}
 SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
          "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 
@@ -119,7 +120,8 @@ def page(runs: list[dict]) -> str:
     chosen = lambda part: {name: by_name[name] for name in parts()[part] if name in by_name}
     lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
              "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start and held-out questions (200) "
-             "are the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero.", ""]
+             "are the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero. "
+             "*Looks at two objects*: calls on the questions about two, which need two; *both seen*: their hit (both sampled).", ""]
     if found := chosen("default"):
         lines += ["## The default run", "", "`python train.py` and `python train.py --algo grpo`, 50 steps of 16 questions x 8 trajectories, with 200 held-out questions.", "",
                   *table(found, COLUMNS, "mapo, default"), "", *table(found, SPEED, "mapo, default"), ""]
@@ -170,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=list(parts()), choices=list(parts()))
     parser.add_argument("--seeds", type=int, default=8, help="at most so many")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     runs = [json.loads(line) for line in RESULTS.open()] if RESULTS.is_file() else []
@@ -177,7 +180,7 @@ def main() -> None:
         RUNS.mkdir(parents=True, exist_ok=True)
         jobs = [(name, options, seed) for part in args.only for name, (options, seeds) in parts()[part].items() for seed in seeds[:args.seeds]]
         jobs = sorted(jobs, key=lambda job: (args.only.index(next(p for p in args.only if job[0] in parts()[p])), job[2]))  # seed by seed
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(args.jobs) as pool:
             for run in pool.map(lambda job: train(*job), jobs):
                 runs = [r for r in runs if (r["name"], r["seed"]) != (run["name"], run["seed"])] + [run]
                 RESULTS.write_text("".join(json.dumps(r) + "\n" for r in runs))
