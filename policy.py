@@ -298,8 +298,10 @@ class Policy:
     # ---- the one distribution ----------------------------------------------------------------------------------
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        """(..., D) -> log-probabilities (..., V) in float32: what is sampled from, and what is trained."""
-        return F.log_softmax(TokenLogprobs.logits(hidden, self.model.lm_head.weight, self.banned, temperature), -1)
+        """(..., D) -> log-probabilities (..., V) in float32: what is sampled from, and what is trained. (Not by F.log_softmax: on the
+        CPU it adds up one after the other, and was off by 2e-4 over 151,936 words; logsumexp adds pairwise.)"""
+        logits = TokenLogprobs.logits(hidden, self.model.lm_head.weight, self.banned, temperature)
+        return logits - logits.logsumexp(-1, keepdim=True)
 
     def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 512,
                  prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor, Tensor]:

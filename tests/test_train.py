@@ -226,7 +226,7 @@ def test_two_updates_move_the_ratio(tmp_path):
 def test_every_algorithm_trains(tmp_path, algo):
     """Every row of the table takes a step, alone and with MAPO's coupling."""
     for beta in (0., .4):
-        assert train(small(tmp_path, algo=algo, beta=beta, steps=1, questions=4))["grad_norm"] > 0
+        assert train(small(tmp_path, algo=algo, beta=beta, steps=1, questions=4, updates=1))["grad_norm"] > 0  # GSPO may clip all of a second
 
 
 def test_training_on_your_own_questions(tmp_path):
