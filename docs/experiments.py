@@ -112,8 +112,6 @@ def table(runs: dict[str, list[dict]], columns: dict, base: str | None = None) -
 
 
 def page(runs: list[dict]) -> str:
-    sys.path.insert(0, str(ROOT))
-    import mapo  # here, so that plot.py needs no torch
     by_name: dict[str, list[dict]] = {}
     for run in runs:
         by_name.setdefault(run["name"], []).append(run)
@@ -137,8 +135,8 @@ def page(runs: list[dict]) -> str:
                          f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} |")
     if chosen("options"):
         lines += ["", "## Luck", "", "The fewer options a question has, the more often a bluff is right, and the less the outcome says about the look: "
-                  "the theory says that the semantic score must help more. Eq. 8 from the moments that [probe.md](probe.md) measured at the start, "
-                  "all trajectories (rho: right without a hit; eps: wrong with one):", "", *luck_table(mapo), ""]
+                  "the theory says that the semantic score must help more. Eq. 8 from the moments that [probe.md](probe.md) measured at the start "
+                  "(p: hit; rho: right without one; eps: wrong with one):", "", *luck_table(), ""]
         for options in ("2", "4", "8", "0"):
             lines += edge({algo: algo if options == "4" else f"{algo}, options {options}" for algo in ("mapo", "grpo")},
                           "no options" if options == "0" else f"{options} options", by_name, 3)
@@ -149,16 +147,14 @@ def page(runs: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def luck_table(mapo) -> list[str]:
-    """What eq. 8 predicts for each number of options, from docs/probe.jsonl's moments at the start."""
-    lines = ["| options | p | eps | rho | SNR of the outcome | SNR at beta 0.4 | ratio |", "|---" * 7 + "|"]
+def luck_table() -> list[str]:
+    """What eq. 8 predicts for each number of options, as docs/probe.py worked it out from its rollouts at the start."""
+    lines = ["| options | p | eps | rho | SNR at beta 0.4 / SNR of the outcome |", "|---" * 5 + "|"]
     for line in (ROOT / "docs/probe.jsonl").open():
         probe = json.loads(line)
         if probe["when"] == "At the start":
-            looking, noise = probe["looking"], probe["theory"]["pooled"]["moments"]["v_s"][0]
-            model = mapo.Looking(p=looking["p"], eps=looking["eps"], rho=looking["rho"], mu=(looking["mu_0"], looking["mu_1"]), sd=noise ** .5)
-            lines.append(f"| {probe['options'] or 'none'} | {looking['p']:.2f} | {looking['eps']:.2f} | {looking['rho']:.2f} | "
-                         f"{model.snr(0):.2f} | {model.snr(.4):.2f} | {model.snr(.4) / model.snr(0):.1f} |")
+            (ratio, low, high), looking = probe["theory"]["pooled"]["gain"], probe["looking"]
+            lines.append(f"| {probe['options'] or 'none'} | {looking['p']:.2f} | {looking['eps']:.2f} | {looking['rho']:.2f} | {ratio:.1f} [{low:.1f}, {high:.1f}] |")
     return lines
 
 
