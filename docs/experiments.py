@@ -34,6 +34,7 @@ def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
         "main": {algo: small(algo, "--steps", "30") for algo in ALGORITHMS},
         "options": {f"{algo}, options {n}": short(algo, "--options", n) for n in ("2", "8", "0") for algo in ("mapo", "grpo")},
         "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
+        # from here on not run yet
         "long": {f"{algo}, long": small(algo, "--steps", "250", seeds=range(1)) for algo in ("mapo", "grpo")},
         "variants": {"mapo, describe after": short("mapo", "--describe", "after"), "mapo, credit turn": short("mapo", "--credit", "turn"),
                      "mapo, lam 0.5": short("mapo", "--lam", "0.5"), "mapo, 2 turns": short("mapo", "--max_turns", "2"),

@@ -47,7 +47,7 @@ def curves(runs: list[dict]) -> None:
         seconds, clock = [mean_half(values)[0] for values in zip(*(r["curves"]["seconds"] for r in group))], 0.
         times = [clock := clock + s for s in seconds]
         axes.flat[-1].plot(times, points, label=algo, **STYLES[algo])
-    axes.flat[-1].set(xlabel="seconds of training, one core of two in use", title="accuracy")
+    axes.flat[-1].set(xlabel="seconds of training, two runs side by side", title="accuracy")
     axes.flat[0].legend()
     seeds = len([r for r in runs if r["name"] == "mapo"])
     figure.suptitle(f"sampled trajectories, mean of {seeds} seeds and of 5 steps; grey: 95% interval of mapo's mean")
@@ -69,7 +69,7 @@ def luck(runs: list[dict]) -> None:
                               label=f"{key}, steps 1-20" if x == 0 else None)
     axis.axhline(0, color="black", lw=.6)
     axis.set(xticks=range(4), xticklabels=["open", "8 options", "4", "2"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
-    axis.legend()
+    axis.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "luck.png", dpi=80)
 
