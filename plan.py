@@ -50,7 +50,7 @@ def read_model(path: str, dtype: str = "float32", train_vision: bool = False) ->
         model = AutoModelForImageTextToText.from_config(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}                           # tied weights once
     language = sum(n for name, n in sizes.items() if "visual" not in name)
-    trained = [n for name, n in sizes.items() if train_vision or "visual" not in name]          # as in train.py
+    trained = [n for name, n in sizes.items() if train_vision or "visual" not in name]          # as Policy.learners
     ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
     text, vision, processor = config.get_text_config(), config.vision_config, Qwen2VLImageProcessorPil.from_pretrained(path)
     (vocabulary, hidden), heads = model.get_output_embeddings().weight.shape, text.num_attention_heads

@@ -15,7 +15,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,12 @@ class Policy:
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
 
+    def learners(self, vision: bool = False) -> list[torch.nn.Parameter]:
+        """Freeze the model but for its language model and, with `vision`, its vision tower; returns what learns."""
+        self.train_vision = vision
+        self.model.requires_grad_(False)
+        return [p.requires_grad_() for name, p in self.model.named_parameters() if vision or "visual" not in name]
+
     def recompute_layers(self) -> None:
         """Activation checkpointing: backward computes each layer again, and none is stored.
         (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
@@ -211,10 +217,10 @@ class Policy:
         return [Tokens([self.image_id] * (h * w), [(h, w)], [f], [p] if self.train_vision else [])
                 for (h, w), f, p in zip(grids, features, patches)]
 
-    def see(self, patches: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+    def see(self, patches: Sequence[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
         """The vision tower: the processor's patches of each image -> its features."""
         shapes = torch.tensor([[1, h * self.merge, w * self.merge] for h, w in grids], device=self.device)
-        output = self.model.get_image_features(torch.cat(list(patches)).to(self.device, self.model.dtype), shapes)
+        output = self.model.get_image_features(torch.cat(patches).to(self.device, self.model.dtype), shapes)
         layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]  # Qwen3-VL has the latter
         return [torch.cat(f, -1) for f in zip(*layers)]
 

@@ -97,9 +97,10 @@ class Scorer:
         """What each look showed, as this encoder sees it."""
         if not self.own_eyes:
             return [turn.crop_tokens for turn in looks]
-        shown = {id(turn.crop_tokens): turn.crop for turn in looks}                  # many looks share a crop
-        seen = dict(zip(shown, self.policy.encode_images([fit(c, self.policy.resolution.crop()) for c in shown.values()])))
-        return [seen[id(turn.crop_tokens)] for turn in looks]
+        _, which = distinct([turn.crop_tokens for turn in looks])                    # many looks share a crop
+        shown = dict(zip(which, (turn.crop for turn in looks)))
+        seen = self.policy.encode_images([fit(crop, self.policy.resolution.crop()) for crop in shown.values()])
+        return [seen[i] for i in which]
 
     def embed_labels(self, labels: list[str]) -> Tensor:
         """(N, D), in a form that neither case nor an article changes."""

@@ -410,9 +410,7 @@ def train(config: Config) -> dict:
         dtype = getattr(torch, config.dtype)
         base, policy = (Policy(path, device, dtype, config.coordinates) for path in (config.model, checkpoint or config.model))
         scorer = Scorer(base, stream.file[:64] or None, own_eyes=config.train_vision)
-        policy.train_vision = config.train_vision
-        policy.model.requires_grad_(False)
-        parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if config.train_vision or "visual" not in n]
+        parameters = policy.learners(config.train_vision)
         if config.recompute:
             policy.recompute_layers()
         if row.critic:

@@ -55,6 +55,7 @@ from rollout import Trajectory, Turn, act, collect, extend
 from shard import ShardedAdamW
 from tools import Resolution, fit
 
+MICRO = train.Config.micro_tokens
 TARGETS = {  # row of the results -> (target in words, whether larger is better, number)
     "a forced 3": (">= 4", True, 4), "a forced 6": (">= 6", True, 6),
     "b tiny": (">= 1.5", True, 1.5), "b vocabulary": (">= 1.5", True, 1.5),
@@ -68,11 +69,10 @@ TARGETS = {  # row of the results -> (target in words, whether larger is better,
 def load(path) -> tuple[Policy, ShardedAdamW]:
     """A policy whose vision tower is frozen, as train.py has it, and the optimiser that gathers its gradients."""
     policy = Policy(path)
-    policy.model.requires_grad_(False)
-    return policy, ShardedAdamW([p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n])
+    return policy, ShardedAdamW(policy.learners())
 
 
-def our_update(policy: Policy, optimiser: ShardedAdamW, trajectories, advantage, micro_tokens: int = 2048, algo: str = "grpo") -> None:
+def our_update(policy: Policy, optimiser: ShardedAdamW, trajectories, advantage, micro_tokens: int = MICRO, algo: str = "grpo") -> None:
     config = train.parse_config(["--algo", algo, "--micro_tokens", str(micro_tokens)])
     train.accumulate(policy, [optimiser], trajectories, train.spread(advantage, trajectories), config, mapo.ALGORITHMS[algo])
 
@@ -199,7 +199,7 @@ def usual_rollouts(model, policy: Policy, scenes, group: int, turns: int, tokens
     return trajectories
 
 
-def usual_update(model, policy: Policy, parameters, trajectories, pixels, advantage, micro_tokens: int = 2048) -> None:
+def usual_update(model, policy: Policy, parameters, trajectories, pixels, advantage, micro_tokens: int = MICRO) -> None:
     """Padded batches in order of arrival, pixels through the (frozen) vision tower, logits of all tokens in float32,
     log_softmax, mapo.loss, backward. No entropy (ours computes it)."""
     longest = max(len(t.mask) for t in trajectories)
@@ -321,7 +321,7 @@ def update_case(name: str, folder: Path) -> dict:
             for t in trajectories:
                 t.logps = [0.] + policy.logprobs([t.tokens], [t.mask])[0][0].tolist()
     return {"path": path, "policy": policy, "optimiser": optimiser, "trajectories": trajectories, "pixels": pixels,
-            "advantage": torch.randn(len(trajectories), generator=generator), "micro": 2048 if name == "tiny" else 1024}
+            "advantage": torch.randn(len(trajectories), generator=generator), "micro": MICRO if name == "tiny" else 1024}
 
 
 def sides(case: dict) -> dict:
@@ -588,17 +588,16 @@ def part_d(args) -> list[dict]:
     generator, scenes, turns = torch.Generator().manual_seed(0), opened(args.questions), 3
     trajectories = our_forced(policy, scenes, args.group, turns, args.tokens, generator)
     advantage = torch.randn(len(trajectories), generator=generator)
-    micro = train.parse_config([]).micro_tokens
     rollouts = lambda: our_forced(policy, scenes, args.group, turns, args.tokens, generator)
-    update = lambda: our_update(policy, optimiser, trajectories, advantage, micro)
+    update = lambda: our_update(policy, optimiser, trajectories, advantage)
     update()
     taken = {"rollouts": [], "update": []}
     limits = {"rollouts": [], "update": [], "update, nothing shared": []}
     for _ in range(args.pairs):
         product_seconds.__defaults__[-1].clear()  # time the products anew, next to what they are compared with
         for name, work in (("rollouts", lambda: rollout_work(policy, trajectories, args.group)),
-                           ("update", lambda: update_work(policy, trajectories, args.group, micro, True)),
-                           ("update, nothing shared", lambda: update_work(policy, trajectories, args.group, micro, False))):
+                           ("update", lambda: update_work(policy, trajectories, args.group, MICRO, True)),
+                           ("update, nothing shared", lambda: update_work(policy, trajectories, args.group, MICRO, False))):
             limits[name].append(work())
         taken["rollouts"].append(seconds(rollouts))
         taken["update"].append(seconds(update))
@@ -710,8 +709,8 @@ def page(records: list[dict]) -> str:
             lines += ["", f"Agent's tokens a trajectory, natural: {n['own_tokens']['ours']:.1f} ours, {n['own_tokens']['other']:.1f} generate."]
     if b := of("b"):
         lines += ["", "## b. Updates against padded batches and full logits", "",
-                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of 2,048 padded tokens; 1 x 8 and "
-                  "1,024 for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
+                  "Trajectories as `tiny/` samples them (8 questions x 8, micro-batches of " + f"{b['tiny']['micro']:,} padded tokens; 1 x 8 and "
+                  f"{b['vocabulary']['micro']:,} for the large vocabulary). The other side: padded batches in order of arrival, of as many padded "
                   "tokens as ours, pixels through the frozen vision tower, float32 logits of *all* tokens, `log_softmax`, the "
                   "same loss. `vocabulary`: a random Qwen2.5-VL of "
                   "hidden 64, 2 layers and 151,936 words, where the logits are nearly everything.", "",

@@ -5,7 +5,7 @@ differences are paired by seed. The learning rate (1.5e-4, of 6e-5, 1e-4, 1.5e-4
 which is not reported, and serves every algorithm; no algorithm was tuned by itself.
 
 Run it:  python docs/experiments.py                       # trains what runs/experiments lacks, two runs at a time (--jobs)
-         python docs/experiments.py --only luck           # one part
+         python docs/experiments.py --only options        # one part
          python docs/experiments.py --table               # only docs/experiments.md, from docs/experiments.jsonl
 """
 import argparse
@@ -129,18 +129,20 @@ def page(runs: list[dict]) -> str:
         lines += ["## Five algorithms", "", f"{len(main['mapo'][0]['curves']['accuracy'])} steps of 8 questions x 8 trajectories, "
                   f"two updates a batch. The start: accuracy {start['before greedy']['accuracy']:.3f} greedy, {start['before sampled']['accuracy']:.3f} "
                   f"sampled; gap {start['before greedy']['gap']:.3f} and {start['before sampled']['gap']:.3f}.", "", *table(main, COLUMNS, "mapo"), "", *table(main, SPEED, "mapo"), "",
-                  "| | steps to 0.5 | steps to 0.7 | seconds a step | trajectories sampled a step | calls at the end |", "|---|---|---|---|---|---|"]
+                  "| | steps to 0.5 | steps to 0.7 | seconds a step | trajectories sampled a step | calls at the end | seeds below 1.1 looks at two objects |", "|---" * 7 + "|"]
         for name, group in main.items():
             lines.append(f"| {name} | {mean_interval([steps_to(r, .5) for r in group], 1)} | {mean_interval([steps_to(r, .7) for r in group], 1)} | "
                          f"{mean_interval([area(r, 'seconds') for r in group], 2)} | {mean_interval([sum(r['curves']['sampled']) / len(r['curves']['sampled']) for r in group], 1)} | "
-                         f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} |")
+                         f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} | "
+                         f"{sum(COLUMNS['looks at two objects'](r) < 1.1 for r in group)} |")
     if chosen("options"):
         lines += ["", "## Luck", "", "The fewer options a question has, the more often a bluff is right, and the less the outcome says about the look: "
                   "the theory says that the semantic score must help more. Eq. 8 from the moments that [probe.md](probe.md) measured at the start "
                   "(p: hit; rho: right without one; eps: wrong with one):", "", *luck_table(), ""]
-        for options in ("2", "4", "8", "0"):
-            lines += edge({algo: algo if options == "4" else f"{algo}, options {options}" for algo in ("mapo", "grpo")},
-                          "no options" if options == "0" else f"{options} options", by_name, 3)
+        for options in ("2", "4", "8", "0"):  # 4: the first seeds of the main part
+            pair = {f"{algo}, {options} options": [r for r in by_name.get(algo if options == "4" else f"{algo}, options {options}", []) if r["seed"] < 3]
+                    for algo in ("mapo", "grpo")}
+            lines += ["", *table(pair, SPEED, f"mapo, {options} options")]
     for part, title in (("beta", "Beta"), ("variants", "Variants of MAPO"), ("long", "A long run")):
         if found := chosen(part):
             same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}
@@ -157,12 +159,6 @@ def luck_table() -> list[str]:
             (ratio, low, high), looking = probe["theory"]["pooled"]["gain"], probe["looking"]
             lines.append(f"| {probe['options'] or 'none'} | {looking['p']:.2f} | {looking['eps']:.2f} | {looking['rho']:.2f} | {ratio:.1f} [{low:.1f}, {high:.1f}] |")
     return lines
-
-
-def edge(names: dict[str, str], title: str, by_name: dict[str, list[dict]], seeds: int) -> list[str]:
-    """MAPO and GRPO by learning speed, on the first `seeds` seeds; nothing if one of them has not run."""
-    pair = {f"{algo}, {title}": [r for r in by_name.get(name, []) if r["seed"] < seeds] for algo, name in names.items()}
-    return ["", *table(pair, SPEED, f"mapo, {title}")] if all(pair.values()) else []
 
 
 def main() -> None:

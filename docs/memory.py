@@ -70,8 +70,7 @@ def step(folder: str, trajectories: int, micro_tokens: int, recompute: bool, out
     from train import Config, accumulate
     shard.setup(timeout=120)
     policy = Policy(folder)
-    policy.model.requires_grad_(False)
-    parameters = [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+    parameters = policy.learners()
     if recompute:
         policy.recompute_layers()
     generator = torch.Generator().manual_seed(shard.rank())

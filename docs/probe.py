@@ -270,8 +270,7 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int, group: int, turn
         questions = world_questions(World(options=options), 0, "test", 10_000 + first, min(16, n - first))
         trajectories += collect(policy, questions, group, turns, generator=generator)
     r, s, looked = score(trajectories, scorer)
-    policy.model.requires_grad_(False)
-    parameters = [p.requires_grad_() for name, p in policy.model.named_parameters() if "visual" not in name]   # as train.py
+    parameters = policy.learners()
     sketch = count_sketch(sum(p.numel() for p in parameters))
     u, sketch_error = score_vectors(policy, parameters, trajectories, sketch, turns, quiet)
     vectors = time.process_time()
