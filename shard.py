@@ -202,7 +202,6 @@ class ShardedAdamW:
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
-        self.micro_squares: list[float] = []                # |g|^2 of each of this rank's micro-batches, before any sum
         for b in self.buckets:
             b.gradient.zero_()
         self._forget()
@@ -223,7 +222,6 @@ class ShardedAdamW:
         """Reduce-scatter the next bucket; what did not arrive is zero."""
         b = self.buckets[self.next]
         whole = b.zeros() if b.arriving is None else b.arriving
-        self._square += squared(whole)
         part = whole
         if world() > 1:
             part = torch.empty_like(b.gradient)
@@ -233,15 +231,12 @@ class ShardedAdamW:
 
     def finish_micro_batch(self) -> None:
         """All ranks call it equally often: after each backward, or without one where a rank has no batch left."""
-        mine = any(b.arrived for b in self.buckets)
         while self.next < len(self.buckets):
             self._send()
-        if mine:
-            self.micro_squares.append(float(self._square))
         self._forget()
 
     def _forget(self) -> None:
-        self.next, self._square = 0, 0.
+        self.next = 0
         for b in self.buckets:
             b.arriving, b.arrived = None, set()
 

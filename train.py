@@ -229,50 +229,51 @@ def accumulate(policy: Policy, optimisers: list[shard.ShardedAdamW], trajectorie
     count = float(mask.sum() if row.mean == "token" else len(mask))
     weight = mapo.token_weights(mask, row.mean) * (count / shard.all_sum(count))                     # (N, L - 1)
     low, high = config.clip * row.clip_low, config.clip * row.clip_high
-    stats, shares, logp_gap = {"loss": 0., "kl": 0., "clip_fraction": 0., "entropy": 0., "value_loss": 0.}, [], 0.
+    stats, shares, squares, logp_gap = {"loss": 0., "kl": 0., "clip_fraction": 0., "entropy": 0., "value_loss": 0.}, [], [], 0.
     for optimiser in optimisers:
         optimiser.zero_grad()
     rows = [i for i in range(len(trajectories)) if critic or (advantage[i] * mask[i]).any()]
-    for batch in shard.even(micro_batches(trajectories, rows, config.micro_tokens)):
-        if batch is not None:
-            logp, entropy, values = own_logprobs(policy, [trajectories[i] for i in batch], config)
-            cut = lambda x: x[batch, :logp.shape[1]].to(policy.device)
-            w = cut(weight)
-            loss, more = mapo.loss(logp, cut(old), cut(advantage), w, low, high, row.ratio)
-            if critic:
-                more["value_loss"] = mapo.value_loss(values, cut(critic[0]), cut(critic[1]), w)
-            losses = [loss, *([more["value_loss"]] if critic else [])]      # two graphs: the value head reads detached states
-            for key, value in {"loss": loss, "entropy": (w * entropy).sum(), **more}.items():
-                stats[key] += value.item()
-            shares.append(w.sum().item())
-            logp_gap = max(logp_gap, (logp - cut(old)).abs()[w > 0].max().item())
-        for number, optimiser in enumerate(optimisers):                     # in one order on all ranks, also on one without a batch
+    for half in (0, 1):                                                     # of the questions: `noise` compares one with both
+        part = [i for i in rows if i // config.group % 2 == half]
+        for batch in shard.even(micro_batches(trajectories, part, config.micro_tokens)):
             if batch is not None:
-                losses[number].backward()
-            optimiser.finish_micro_batch()
+                logp, entropy, values = own_logprobs(policy, [trajectories[i] for i in batch], config)
+                cut = lambda x: x[batch, :logp.shape[1]].to(policy.device)
+                w = cut(weight)
+                loss, more = mapo.loss(logp, cut(old), cut(advantage), w, low, high, row.ratio)
+                if critic:
+                    more["value_loss"] = mapo.value_loss(values, cut(critic[0]), cut(critic[1]), w)
+                losses = [loss, *([more["value_loss"]] if critic else [])]  # two graphs: the value head reads detached states
+                for key, value in {"loss": loss, "entropy": (w * entropy).sum(), **more}.items():
+                    stats[key] += value.item()
+                shares.append(w.sum().item())
+                logp_gap = max(logp_gap, (logp - cut(old)).abs()[w > 0].max().item())
+            for number, optimiser in enumerate(optimisers):                 # in one order on all ranks, also on one without a batch
+                if batch is not None:
+                    losses[number].backward()
+                optimiser.finish_micro_batch()
+        squares.append(optimisers[0].norm() ** 2)
     stats = {key: shard.all_sum(value) for key, value in stats.items()}
     learnt = max(shard.all_sum(sum(shares)), 1e-8)
     stats |= {key: stats[key] / learnt for key in ("entropy", "kl", "clip_fraction")}       # means over what was learnt from
-    stats["logp_gap"] = shard.all_sum(logp_gap, "MAX")
-    stats["grad_norm"] = optimisers[0].norm()
-    return stats | noise(optimisers[0].micro_squares, shares, stats["grad_norm"] ** 2)
+    stats |= {"logp_gap": shard.all_sum(logp_gap, "MAX"), "grad_norm": squares[1] ** .5, "micro_batches": len(shares)}
+    first = sum(i // config.group % 2 == 0 for i in range(len(trajectories)))
+    return stats | noise(*squares, shard.all_sum(first) / shard.all_sum(len(trajectories)))
 
 
-def noise(squares: list[float], shares: list[float], total: float) -> dict[str, float | None]:
-    """How noisy the gradient is, from numbers that accumulation has anyway (McCandlish et al. 2018, arXiv 1812.06162, app. A.1):
-    the mean gradient of a batch of size b has E|g_b|^2 = |G|^2 + tr(Sigma) / b, so two sizes give both unknowns.
+def noise(part: float, whole: float, share: float) -> dict[str, float | None]:
+    """How noisy the gradient is, from two numbers that accumulation passes anyway: |gradient|^2 of a `share` p of the questions,
+    and of all of them. Questions are drawn at random, so with a signal |G|^2 and a noise tr(Sigma) of the whole batch
 
-    squares: |gradient|^2 of each micro-batch, shares: its part of the loss's weight, total: |gradient|^2 of their sum.
-    Returns grad_signal, an estimate of |G|^2; grad_trace, of tr(Sigma), where the whole batch has size 1; and grad_noise =
-    grad_trace / total, the share of noise in what is stepped along. Unbiased if micro-batches are drawn at random; ours are sorted
-    by length, so read the trend. None with fewer than two micro-batches (of all ranks)."""
-    pieces, whole, small, b = (shard.all_sum(sum(x)) for x in (
-        [1. for _ in shares], shares, [q / s for q, s in zip(squares, shares)], [s * s for s in shares]))
-    if pieces < 2 or total == 0:
+        E part = p^2 |G|^2 + p tr(Sigma),   E whole = |G|^2 + tr(Sigma)                     (two equations, two unknowns)
+
+    (McCandlish et al. 2018, arXiv 1812.06162, app. A.1; by questions, because trajectories of a group share their mean, and
+    micro-batches, sorted by length, are no random parts). Returns grad_signal and grad_trace, unbiased estimates of |G|^2 and
+    tr(Sigma), each alone may be negative; and grad_noise = grad_trace / whole. None where there is only one part."""
+    if not 0 < share < 1 or whole == 0:
         return {"grad_signal": None, "grad_trace": None, "grad_noise": None}
-    small, b, large = small / whole, b / whole, total / whole ** 2      # mean |g_b|^2, the size b that it stands for, |g_1|^2
-    trace = (small - large) / (1 / b - 1 / whole)
-    return {"grad_signal": large - trace / whole, "grad_trace": trace, "grad_noise": trace / whole / large}
+    trace = (part / share ** 2 - whole) / (1 / share - 1)
+    return {"grad_signal": whole - trace, "grad_trace": trace, "grad_noise": trace / whole}
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------

@@ -28,8 +28,12 @@ def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
     """part -> name of a run -> (options of train.py, seeds)."""
     run = lambda algo, *options, seeds=range(8): (["--algo", algo, "--eval_questions", "200", *options], seeds)
     small = lambda algo, *options, **more: run(algo, "--questions", "8", *options, **more)
+    tune = lambda algo, *options: small(algo, "--steps", "30", *options, seeds=range(100, 102))
     short = lambda algo, *options: small(algo, "--steps", str(SHORT), *options, seeds=range(3))
     return {
+        "tuning": {f"{algo}, lr {lr}": tune(algo, "--lr", lr) for algo in ALGORITHMS for lr in ("1e-4", "1.5e-4", "2.5e-4")}
+        | {f"{algo}, clip x {clip}": tune(algo, "--clip", clip) for algo in ALGORITHMS for clip in (("10", "50") if algo == "gspo" else ("0.5", "2"))}
+        | {f"ppo, critic lr {lr}": tune("ppo", "--critic_lr", lr) for lr in ("3e-3", "3e-2")},
         "default": {f"{algo}, default": run(algo, seeds=range(3)) for algo in ("mapo", "grpo")},
         "main": {algo: small(algo, "--steps", "30") for algo in ALGORITHMS},
         "options": {f"{algo}, options {n}": short(algo, "--options", n) for n in ("2", "8", "0") for algo in ("mapo", "grpo")},

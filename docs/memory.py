@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 LENGTH, OWN, PROMPT = 512, 64, 64  # tokens of a trajectory, of them the agent's (the last ones), and of the shared prompt
 ROWS = [  # ranks, trajectories a rank, --micro_tokens, --recompute
     (1, 8, 2048, False), (1, 16, 2048, False), (1, 32, 2048, False),
-    (1, 16, 4096, False), (1, 16, 8192, False),
-    (1, 16, 2048, True), (1, 16, 8192, True),
+    (1, 32, 4096, False), (1, 32, 8192, False),
+    (1, 32, 2048, True), (1, 32, 8192, True),
     (2, 8, 2048, False)]
 
 
@@ -84,13 +84,13 @@ def step(folder: str, trajectories: int, micro_tokens: int, recompute: bool, out
     optimiser = shard.ShardedAdamW(parameters)
     gc.collect()
     loaded, before = resident(), peak()
-    accumulate(policy, [optimiser], batch, advantage, Config(micro_tokens=micro_tokens), mapo.ALGORITHMS["mapo"])
+    stats = accumulate(policy, [optimiser], batch, advantage, Config(micro_tokens=micro_tokens), mapo.ALGORITHMS["mapo"])
     optimiser.clip(1.)
     optimiser.step(1e-4)
     if peak() <= before:
         raise RuntimeError(f"loading took more than the step ({before:.0f} MB): nothing was measured")
     Path(f"{out}-{shard.rank()}").write_text(json.dumps(
-        {"loaded": loaded, "peak": peak() - loaded, "optimiser": optimiser.bytes() / 2**20, "micro": len(optimiser.micro_squares),
+        {"loaded": loaded, "peak": peak() - loaded, "optimiser": optimiser.bytes() / 2**20, "micro": stats["micro_batches"],
          "weights": 4 * sum(p.numel() for p in parameters) / 2**20, "parameters": sum(p.numel() for p in parameters)}))
     shard.cleanup()
 
@@ -130,10 +130,10 @@ def main() -> None:
     lines += [
         "", f"- **The number of micro-batches costs nothing.** Two and four times the trajectories at the same `--micro_tokens`: "
         f"{p(1, 8, 2048, False):.0f}, {p(1, 16, 2048, False):.0f}, {p(1, 32, 2048, False):.0f} MB. Gradients are added where they are.",
-        f"- **The size of a micro-batch is what counts.** 2048, 4096, 8192 tokens: {p(1, 16, 2048, False):.0f}, {p(1, 16, 4096, False):.0f}, "
-        f"{p(1, 16, 8192, False):.0f} MB, about {(p(1, 16, 8192, False) - p(1, 16, 2048, False)) / 6144 * 1024:.0f} KB a token.",
-        f"- **Recomputing activations** lowers {p(1, 16, 8192, False):.0f} MB to {p(1, 16, 8192, True):.0f}, and {p(1, 16, 2048, False):.0f} to "
-        f"{p(1, 16, 2048, True):.0f}, where what is left is mostly one layer, logits, and gradients on their way into the optimiser.",
+        f"- **The size of a micro-batch is what counts.** 2048, 4096, 8192 tokens: {p(1, 32, 2048, False):.0f}, {p(1, 32, 4096, False):.0f}, "
+        f"{p(1, 32, 8192, False):.0f} MB, about {(p(1, 32, 8192, False) - p(1, 32, 2048, False)) / 6144 * 1024:.0f} KB a token.",
+        f"- **Recomputing activations** lowers {p(1, 32, 8192, False):.0f} MB to {p(1, 32, 8192, True):.0f}, and {p(1, 32, 2048, False):.0f} to "
+        f"{p(1, 32, 2048, True):.0f}, where what is left is mostly one layer, logits, and gradients on their way into the optimiser.",
         f"- **Ranks share the optimiser**: float32 master weights, two moments and gradients are {of[1, 8, 2048, False]['optimiser']:.0f} MB alone and "
         f"{of[2, 8, 2048, False]['optimiser']:.0f} MB a rank for two."]
     (ROOT / "docs/memory.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

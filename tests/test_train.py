@@ -124,26 +124,31 @@ def test_micro_batches_are_bounded_and_complete(trajectories):
 
 
 def test_noise_by_hand():
-    """Two micro-batches of half the batch each. `noise` gets the squared norms of their parts of the sum, a quarter of the
-    mean gradients' |g_b|^2. Orthogonal, |g_b|^2 = 1: the sum has .5, all of it noise. A common part of squared norm 1 and
-    noise of 1: |g_b|^2 = 2, the sum 1.5 = 1 + .5. Equal: no noise."""
-    for squares, total, signal, trace in (([.25, .25], .5, 0, .5), ([.5, .5], 1.5, 1, .5), ([.5, .5], 2., 2, 0)):
-        found = noise(squares, [.5, .5], total)
+    """Half the questions, then all. Nothing but noise: the half's square is half of the whole's. Nothing but signal: a quarter.
+    A signal of 1 and a noise of .5: 1/4 + 1/4, and 3/2. A third of them: 1/9 + 1/6."""
+    for part, whole, share, signal, trace in ((.25, .5, .5, 0, .5), (.25, 1., .5, 1, 0), (.5, 1.5, .5, 1, .5), (1 / 9 + 1 / 6, 1.5, 1 / 3, 1, .5)):
+        found = noise(part, whole, share)
         assert found["grad_signal"] == pytest.approx(signal) and found["grad_trace"] == pytest.approx(trace)
-        assert found["grad_noise"] == pytest.approx(trace / total)
-    assert noise([1.], [1.], 1.)["grad_noise"] is None
+        assert found["grad_noise"] == pytest.approx(trace / whole)
+    assert noise(1., 1., 1.)["grad_noise"] is None
 
 
 def test_noise_is_unbiased():
-    """64 samples in micro-batches of 4, gradients drawn around a known mean: both estimates average to the truth."""
-    generator = torch.Generator().manual_seed(0)
-    mean, found = torch.tensor([.3, -.2, .1]), []
-    for _ in range(2000):
-        parts = (mean + torch.randn(16, 4, 3, generator=generator)).sum(1) / 64
-        found.append(noise(parts.square().sum(1).tolist(), [1 / 16] * 16, parts.sum(0).square().sum().item()))
+    """64 samples, gradients drawn around a known mean, a part of 24 first: both estimates average to the truth."""
+    parts = (torch.tensor([.3, -.2, .1]) + torch.randn(20_000, 64, 3, generator=torch.Generator().manual_seed(0))) / 64
+    found = [noise(part, whole, 24 / 64) for part, whole in zip(*(x.sum(1).square().sum(1).tolist() for x in (parts[:, :24], parts)))]
     average = lambda key: sum(f[key] for f in found) / len(found)
-    assert average("grad_signal") == pytest.approx(.14, abs=.01)
-    assert average("grad_trace") == pytest.approx(3 / 64, rel=.02)              # the whole batch has size 1
+    assert average("grad_signal") == pytest.approx(.14, abs=.005)
+    assert average("grad_trace") == pytest.approx(3 / 64, rel=.05)              # of the whole batch's gradient
+
+
+def test_noise_of_real_gradients_compares_half_the_questions_with_all(trainable, trajectories, advantage):
+    """`part` and `whole` by hand: the gradient of the even questions' trajectories alone, weighted as in the whole batch."""
+    first = [float(i // 4 % 2 == 0) for i in range(len(trajectories))]
+    half, whole = (gradient(trainable, trajectories, a, group=4)[0].square().sum().item() for a in (advantage * torch.tensor(first), advantage))
+    stats = gradient(trainable, trajectories, advantage, group=4)[1]
+    wanted = noise(half, whole, sum(first) / len(first))
+    assert all(stats[key] == pytest.approx(value, rel=1e-3) for key, value in wanted.items())
 
 
 def test_ppos_payments_sum_to_the_return(trajectories, policy):
