@@ -30,10 +30,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import World, read_jsonl, world_questions
+from policy import read_config
 from tools import Resolution, system_prompt
 
 TFLOPS, TERABYTES = 100., 1.                            # assumed, sustained, a GPU: a third of an A100's bf16 peak, half of its bandwidth
@@ -43,9 +44,7 @@ WRAP, FIRST = 32, 32                                    # tokens of ChatML and t
 
 def read_model(path: str, dtype: str = "float32", train_vision: bool = False) -> SimpleNamespace:
     """The numbers that the arithmetic needs. The model is built on the meta device: shapes without memory."""
-    config = AutoConfig.from_pretrained(path)
-    if not hasattr(config, "vision_config"):
-        raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, found {config.model_type}")
+    config = read_config(path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}                           # tied weights once

@@ -142,6 +142,18 @@ class TokenLogprobs(torch.autograd.Function):
         return torch.cat(to_hidden), to_weight, None, None, None, None
 
 
+def read_config(path: str | Path):
+    """Of a model directory. A name on the hub is no directory: nothing is downloaded.
+
+    Raises FileNotFoundError for a folder without a model, ValueError for a model of another kind."""
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json; expected the folder of a Hugging Face model")
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
+        raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, found {config.model_type}")
+    return config
+
+
 class Policy:
     """A model directory of the Qwen2.5-VL or Qwen3-VL family with its tokenizer and image processor."""
 
@@ -149,13 +161,8 @@ class Policy:
         """coordinates: in what the agent gives its boxes: "pixels" of the image that it sees (Qwen2.5-VL) or "1000", thousandths of
         its sides (Qwen3-VL); None: as the directory's agent.json says, else pixels.
 
-        Raises FileNotFoundError for a folder without a model, ValueError for a model of another kind."""
-        self.path = Path(path)
-        if self.path.exists() and not (self.path / "config.json").is_file():
-            raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model directory")
-        config = AutoConfig.from_pretrained(path)
-        if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
-            raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, found {config.model_type}")
+        Raises what read_config raises."""
+        self.path, config = Path(path), read_config(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         # AutoProcessor would ask for torchvision, because of video; the two parts that we need do not
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)

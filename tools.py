@@ -178,9 +178,9 @@ def check_box(box: object, seen: tuple[int, int]) -> tuple[float, float, float, 
     width, height = seen
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
-        raise ToolError("outside_box", f"Error: bbox_2d lies outside the image, which is {width} x {height} pixels.")
+        raise ToolError("outside_box", f"Error: bbox_2d lies outside the image, which is {width} x {height}.")
     if min(x2 - x1, y2 - y1) < MIN_SIDE:
-        raise ToolError("small_box", f"Error: bbox_2d is too small: each side needs at least {MIN_SIDE} pixels.")
+        raise ToolError("small_box", f"Error: bbox_2d is too small: each side needs at least {MIN_SIDE}.")
     if max(x2 - x1, y2 - y1) > MAX_ASPECT * min(x2 - x1, y2 - y1):
         raise ToolError("thin_box", f"Error: bbox_2d is longer than {MAX_ASPECT}:1.")
     return float(x1), float(y1), float(x2), float(y2)

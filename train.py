@@ -362,8 +362,7 @@ def load_checkpoint(folder: Path, optimisers: list[shard.ShardedAdamW], generato
 
 def note_start(folder: Path, config: Config) -> None:
     """train.json: the settings, and with them the frozen model that eval.py shall score with, from any working directory."""
-    model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-    (folder / "train.json").write_text(json.dumps(dataclasses.asdict(config) | {"model": model}, indent=1))
+    (folder / "train.json").write_text(json.dumps(dataclasses.asdict(config) | {"model": str(Path(config.model).resolve())}, indent=1))
 
 
 def publish(policy: Policy, config: Config) -> None:

@@ -39,7 +39,8 @@ def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
         "options": {f"{algo}, options {n}": short(algo, "--options", n) for n in ("2", "8", "0") for algo in ("mapo", "grpo")},
         "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
         # from here on not run yet
-        "long": {f"{algo}, long": small(algo, "--steps", "250", seeds=range(1)) for algo in ("mapo", "grpo")},
+        "long": {f"{algo}, long": small(algo, "--steps", "250", seeds=range(1)) for algo in ("mapo", "grpo")}
+        | {"mapo, beta 1 long": small("mapo", "--beta", "1", "--steps", "250", seeds=range(1))},
         "variants": {"mapo, describe after": short("mapo", "--describe", "after"), "mapo, credit turn": short("mapo", "--credit", "turn"),
                      "mapo, lam 0.5": short("mapo", "--lam", "0.5"), "mapo, 2 turns": short("mapo", "--max_turns", "2"),
                      "mapo, 6 turns": short("mapo", "--max_turns", "6")},

@@ -1,6 +1,6 @@
 """Figures of docs/experiments.jsonl, readable without colour. Needs matplotlib (pip install matplotlib), and only here.
 
-Run it:  python docs/plot.py          # docs/curves.png, docs/luck.png
+Run it:  python docs/plot.py          # docs/curves.png, docs/luck.png, docs/long.png
 """
 import json
 import sys
@@ -74,8 +74,26 @@ def luck(runs: list[dict]) -> None:
     figure.savefig(DOCS / "luck.png", dpi=80)
 
 
+def long(runs: list[dict]) -> None:
+    """250 steps: does anything collapse?"""
+    keys = ("accuracy", "hit", "gap", "calls", "entropy", "semantic")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6))
+    for run in runs:
+        algo, _, kind = run["name"].partition(", ")
+        if kind in ("long", "beta 1 long"):
+            style, label = (STYLES[algo], algo) if kind == "long" else (dict(color="0.6", ls=":", lw=1.5), "mapo, beta 1")
+            for axis, key in zip(axes.flat, keys):
+                axis.plot(smooth(run["curves"][key], 10), label=label, **style)
+                axis.set(xlabel="step", title=key)
+    axes.flat[0].legend()
+    figure.suptitle("250 steps of 8 x 8, seed 0, sampled trajectories, mean of 10 steps")
+    figure.tight_layout()
+    figure.savefig(DOCS / "long.png", dpi=80)
+
+
 if __name__ == "__main__":
     runs = [json.loads(line) for line in (DOCS / "experiments.jsonl").open()]
     curves(runs)
     luck(runs)
-    print("saved docs/curves.png, docs/luck.png")
+    long(runs)
+    print("saved docs/curves.png, docs/luck.png, docs/long.png")

@@ -283,6 +283,7 @@ def test_the_real_commands(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["train.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["train.py", "--model", "docs"], "docs: no config.json"),
+    (["train.py", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"], "Qwen/Qwen2.5-VL-3B-Instruct: no config.json"),
     (["train.py", "--resume"], "--resume: no checkpoint in"),
     (["eval.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file")])
 def test_errors_are_one_clear_line_and_lose_nothing(arguments, words, tmp_path):
