@@ -13,6 +13,7 @@ Predictions are written batch by batch, so that a killed run goes on with `--res
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ from data import DataError, Question, World, world_questions
 from policy import Policy, Tokens
 from reward import Scorer, answerable, measure, outcome, score
 from rollout import Trajectory, Turn, collect, film_strip, stack
-from tools import Call, zoom
+from tools import MAX_ANSWER_CHARS, Call, zoom
 
 COLUMNS = ("accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic")
 NO_TOOLS_PROMPT = """You are a careful visual agent.
@@ -160,9 +161,11 @@ def prepare(out: Path, settings: dict, resume: bool) -> None:
             raise DataError(f"{note}: --resume expected the same settings, found {changed}; choose another --out")
         merge(out)
         return
-    for file in files:  # somebody may have forgotten --resume
-        (out / "previous").mkdir(exist_ok=True)
-        file.replace(out / "previous" / file.name)
+    if files:  # somebody may have forgotten --resume
+        aside = next(folder for i in itertools.count(1) if not (folder := out / f"previous-{i}").exists())
+        aside.mkdir()
+        for file in [*files, *([note] if note.is_file() else [])]:
+            file.replace(aside / file.name)
     note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
@@ -189,7 +192,7 @@ def accept_plain(trajectories: list[Trajectory]) -> None:
     for trajectory in trajectories:
         said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
         if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
-            trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip(), "plain"
+            trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip()[:MAX_ANSWER_CHARS], "plain"
 
 
 def base_of(model: str) -> str:
@@ -222,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
         scorer = None
         if base != "none" and not args.no_tools:
             encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
-            scorer = Scorer(encoder, questions[:64] if args.data else None, own_eyes=not same_eyes(policy, encoder))
+            scorer = Scorer(encoder, every[:64] if args.data else None, own_eyes=not same_eyes(policy, encoder))
         if args.no_tools:  # a model that was trained without a prompt keeps none
             policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
     with shard.together():  # everybody knows what is done before anybody writes
@@ -274,6 +277,10 @@ def main() -> None:
     parser.add_argument("--coordinates", choices=["pixels", "1000"], help="of boxes: pixels of the seen image, or thousandths of its sides;"
                         " default: what the model's directory says, else pixels")
     args = parser.parse_args()
+    if min(args.max_turns, args.max_tokens, args.batch or 1) < 1 or args.temperature < 0:
+        parser.error("--max_turns, --max_tokens, --batch must be at least 1, --temperature not below 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     torch.set_num_threads(1)
     try:
         run(args)

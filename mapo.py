@@ -1,13 +1,13 @@
 """Scores -> returns -> advantages -> loss: MAPO, and GRPO, DAPO, GSPO, PPO as rows of one table. Only tensors.
 
 What it teaches: *where* the semantic score enters. A group of G trajectories answers one question; trajectory i has
-the outcome r_i in [0, 1] and, for its look at turn t, the score s_it in [0, 1] of the description against the crop.
+the outcome r_i in [0, 1] and, for its t-th look of T_i, the score s_it in [0, 1] of the description against the crop.
 
     S_i = sum_t lam^(T_i - t) s_it / sum_t lam^(T_i - t)            (1) later looks lead to the answer; no look: S_i = 0
     R_i = (1 - beta) r_i + beta S_i                                 (2) the coupling; beta = 0 is GRPO
     A_i = (R_i - mean R) / (std R + 1e-6)                           (3) in the group: GRPO, arXiv 2402.03300, eq. 3
-    L   = - sum_it w_it min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i)        (4) PPO's clipped surrogate, tokens
-          rho_it = pi(token) / pi_old(token),  w_it = 1 / (number of trajectories x tokens of trajectory i)
+    L   = - sum_ik w_ik min(rho_ik A_i, clip(rho_ik, 1 - low, 1 + high) A_i)        (4) PPO's clipped surrogate, over tokens k
+          rho_ik = pi(token) / pi_old(token),  w_ik = 1 / (number of trajectories x tokens of trajectory i)
 
 MAPO (arXiv 2604.06777) publishes no formula that we could reach; (1) and (2) are this project's reading of it, each
 number an option. README.md lists what is the paper's and what is assumed. The first half of this file is the method,
@@ -32,7 +32,7 @@ class Algorithm:
     clip_high: float = 0.2
     max_draws: int = 1           # a group without signal is dropped and another drawn, this many draws in all; 1: kept as it is
     overlong: float = 0.0        # share of the length limit over which the penalty ramps from 0 to -1, eq. 9; 0: no penalty
-    critic: bool = False         # a value head and GAE (eq. 10, 11) give the advantage, not the group (eq. 3)
+    critic: bool = False         # a value head and GAE (eq. 10) give the advantage, not the group (eq. 3)
 
 
 ALGORITHMS = {
@@ -114,7 +114,7 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
          clip_high: float = 0.2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the agent's.
 
-    ratio "sequence": every token of a trajectory has rho = exp(mean of its tokens' log-ratios), GSPO's eq. 5.
+    ratio "sequence": every token of a trajectory has rho = exp(mean of its tokens' log-ratios), GSPO's s_i.
     Returns the scalar loss and, summed with the same weights: kl, the estimate E[rho - 1 - log rho] of
     KL(old || new) (Schulman's k3), and clip_fraction, the share of tokens whose gradient the clip removed."""
     log_ratio = (logp - old_logp).clamp(-20, 20)

@@ -8,8 +8,8 @@ The semantic score s is dense, one number per look, but only as good as the enco
     z(l, x) = (c(l, x) - mean_x' c(l, x')) / std_x' c(l, x')                          (6) contrast: x' are reference crops
     s(l, x) = sigmoid(k (z(l, x) - z0)),  k = 1.5, z0 = 2                             (7) calibration to [0, 1]
 
-The contrast is what defeats vague labels: "a picture" fits every crop alike, so no crop stands out and z is near 0.
-Being in standard deviations, (6) needs no fit for a new encoder. MAPO (arXiv 2604.06777) names the alignment of
+The contrast is what defeats vague labels: over the reference crops every label has mean z 0, so one that fits all crops alike earns
+no more with any of them than with the average one, where s is low (docs/vague.md shows what happens without it). Being in standard deviations, (6) needs no fit for a new encoder. MAPO (arXiv 2604.06777) names the alignment of
 description and result; (5) to (7) are this project's reading of it.
 
 Run it:  python reward.py            # labels x crops of one image, and how well s tells right from wrong crops
@@ -75,13 +75,13 @@ def format_reward(trajectory: Trajectory) -> float:
 # ---- semantic score ------------------------------------------------------------------------------------------------
 
 class Scorer:
-    """Eq. 5 to 7 with a frozen policy as the encoder. Labels are embedded once and remembered."""
+    """Eq. 5 to 7 with a frozen policy as the encoder."""
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None, per_question: int = 2, own_eyes: bool = False):
         """Reference crops are cut from these questions' images (None: 64 of the embedded world) at random, with sides of
         1/8 to 1/2 of the image (so they need no annotation). own_eyes: the agent has another vision tower, or trains it,
         so that its features of a crop cannot serve here."""
-        self.policy, self.labels, self.own_eyes = policy, {}, own_eyes
+        self.policy, self.own_eyes = policy, own_eyes
         rng, crops = np.random.default_rng(0), []
         for question in questions or world_questions(World(), 0, "train", 10**6, 64):
             image = question.open()
@@ -103,14 +103,11 @@ class Scorer:
         return [seen[i] for i in which]
 
     def embed_labels(self, labels: list[str]) -> Tensor:
-        """(N, D), in a form that neither case nor an article changes."""
+        """(N, D), in a form that neither case nor an article changes; labels that agree are embedded once."""
         keys = [re.sub(r"^(the|a|an) ", "", label.lower()) for label in labels]
-        if new := sorted(set(keys) - set(self.labels)):
-            if len(self.labels) > 50_000:  # a policy that invents labels must not fill the memory
-                self.labels.clear()
-                new = sorted(set(keys))
-            self.labels |= dict(zip(new, self.policy.embed([f"the {key}" for key in new])))
-        return torch.stack([self.labels[key] for key in keys])
+        different = sorted(set(keys))
+        embedded = dict(zip(different, self.policy.embed([f"the {key}" for key in different])))
+        return torch.stack([embedded[key] for key in keys])
 
     def __call__(self, labels: list[str], crops: list[Tokens]) -> Tensor:
         """Semantic scores (N,) in [0, 1] of N (label, crop) pairs."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 TOOL_NAME = "image_zoom_in_tool"
-MAX_TURN_CHARS, MAX_CALL_CHARS = 20_000, 2_000   # longer turns are cut, longer calls are refused unread
+MAX_TURN_CHARS, MAX_CALL_CHARS, MAX_ANSWER_CHARS = 20_000, 2_000, 500   # longer turns and answers are cut, longer calls refused unread
 MAX_LABEL_WORDS, MAX_LABEL_CHARS = 12, 80
 MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in its own units, after clamping
 
@@ -85,7 +85,7 @@ def parse(text: str, seen: tuple[int, int]) -> Call | Answer:
     if answers:
         if not answers[-1].strip():
             raise ToolError("empty_answer", "Error: the answer is empty. Write <answer>your answer</answer>.", final=True)
-        return Answer(answers[-1].strip())
+        return Answer(answers[-1].strip()[:MAX_ANSWER_CHARS])
     calls = bodies("tool_call", said)
     if calls:
         return parse_call(calls[-1], seen, dropped=len(calls) - 1)
@@ -106,8 +106,6 @@ def parse_call(body: str, seen: tuple[int, int], dropped: int = 0) -> Call:
         raise ToolError("too_long", f"Error: the tool call has {len(body)} characters; at most {MAX_CALL_CHARS} are read.")
     try:
         call = json.loads(body, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
-    except ToolError:
-        raise
     except (ValueError, RecursionError):  # also integers of thousands of digits, and brackets nested too deep
         raise ToolError("bad_json", "Error: the tool call is not one JSON object such as {\"name\": \""
                         f"{TOOL_NAME}\", \"arguments\": {{\"label\": \"...\", \"bbox_2d\": [x1, y1, x2, y2]}}}}.") from None
@@ -142,7 +140,8 @@ VAGUE = frozenset("""a an the this that these those it its he she they them ther
     middle corner side small large big tiny""".split())
 
 
-BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800"  # letters, by their category, that show nothing
+# what shows nothing, whatever its category: fillers, and variation selectors
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800" + "".join(map(chr, [*range(0xfe00, 0xfe10), *range(0xe0100, 0xe01f0)]))
 
 
 def check_label(label: object) -> str:
@@ -196,7 +195,7 @@ class Resolution:
     max_pixels: int
 
     def crop(self) -> "Resolution":
-        """A crop costs at most a quarter of the tokens of the image, so that looking often stays affordable."""
+        """A crop costs at most a quarter of the largest image's tokens, so that looking often stays affordable."""
         return Resolution(self.factor, self.min_pixels, max(self.min_pixels, self.max_pixels // 4))
 
     def size(self, width: int, height: int) -> tuple[int, int]:

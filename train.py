@@ -64,7 +64,7 @@ class Config:
     group: int = dataclasses.field(default=8, metadata={"help": "trajectories a question"})
     max_turns: int = dataclasses.field(default=4, metadata={"help": "turns a trajectory; the last cannot look"})
     max_tokens: int = dataclasses.field(default=64, metadata={"help": "tokens a turn"})
-    temperature: float = dataclasses.field(default=1., metadata={"help": "of sampling, and of the trained distribution"})
+    temperature: float = dataclasses.field(default=1., metadata={"help": "of sampling, and of the trained distribution (held-out questions: greedy and 1)"})
     lr: float = dataclasses.field(default=1.5e-4, metadata={"help": "peak learning rate; 5 steps of warm-up, then constant"})
     critic_lr: float = dataclasses.field(default=1e-2, metadata={"help": "of PPO's value head, a linear map of hidden states"})
     clip: float = dataclasses.field(default=1., metadata={"help": "scales the algorithm's clip range"})
@@ -112,8 +112,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.error("--group must be at least 2 (a group of one has no baseline); --questions, --steps, --updates at least 1")
     config.beta = mapo.ALGORITHMS[config.algo].beta if config.beta < 0 else config.beta
     config.out = config.out or f"runs/{config.algo}"
-    if Path(config.model).resolve() == Path(config.out).resolve():
-        parser.error(f"--out: expected another folder than --model, found {config.out} for both")
+    if Path(config.out).resolve() in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
+        parser.error(f"--out: a new run clears its folder; expected one that does not hold --model {config.model}, found {config.out}")
     return config
 
 
@@ -132,19 +132,24 @@ def draw(policy: Policy, scorer: Scorer, stream: "Questions", step: int, config:
                        config.max_tokens, config.temperature, generator)
         score(part, scorer, config.describe)
         sampled += part
-        signal = mapo.has_signal(mapo.coupled_return(*rewards(part), config.beta, config.lam), config.group)
+        signal = mapo.has_signal(mapo.coupled_return(*paid_for(part, config), config.beta, config.lam), config.group)
         kept += [t for i, t in enumerate(part) if row.max_draws == 1 or signal[i // config.group]]
-        if len(kept) == len(sampled) or len(kept) // config.group == config.questions // shard.world():
+        if len(kept) // config.group == config.questions // shard.world():
             break
     return kept or part, sampled
+
+
+def paid_for(trajectories: list[Trajectory], config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """reward.rewards, with the format's share in the outcomes."""
+    r, s, looked = rewards(trajectories)
+    form = torch.tensor([format_reward(t) for t in trajectories])
+    return (1 - config.format_weight) * r + config.format_weight * form, s, looked
 
 
 def advantages(policy: Policy, trajectories: list[Trajectory], config: Config,
                row: mapo.Algorithm) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Advantage of each token (N, L - 1); column t speaks of token t + 1. With a critic also (old values, targets)."""
-    r, s, looked = rewards(trajectories)
-    if config.format_weight:
-        r = (1 - config.format_weight) * r + config.format_weight * torch.tensor([format_reward(t) for t in trajectories])
+    r, s, looked = paid_for(trajectories, config)
     if row.overlong:
         limit = config.max_turns * config.max_tokens
         r = r + mapo.overlong_penalty(torch.tensor([sum(t.mask) for t in trajectories]), limit, round(row.overlong * limit))
@@ -329,13 +334,13 @@ def save_checkpoint(policy: Policy, optimisers: list[shard.ShardedAdamW], genera
         if shard.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-            for old in out.glob("step-*"):
+            for old in checkpoints(out):
                 if old != folder:
                     shutil.rmtree(old)
 
 
-def newest_checkpoint(out: str) -> Path | None:
-    return max((p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file()), default=None)
+def checkpoints(out: str | Path) -> list[Path]:
+    return sorted(p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file())
 
 
 def check_settings(folder: Path, config: Config) -> None:
@@ -384,7 +389,7 @@ def collapse(metrics: dict) -> str:
         return "the gradient is not finite: the step was skipped; lower --lr"
     if metrics["calls"] < .1:
         return "the agent has stopped looking (fewer than 0.1 calls a trajectory): raise --beta"
-    if metrics["entropy"] is not None and metrics["signal_groups"] > 0 and metrics["entropy"] < .005:
+    if metrics["signal_groups"] > 0 and metrics["entropy"] < .005:
         return "the policy is nearly deterministic (entropy below 0.005): nothing is left to learn from"
     if metrics["valid"] < .5:
         return "most turns are malformed: lower --lr"
@@ -401,7 +406,7 @@ def train(config: Config) -> dict:
             raise ValueError("--device cuda: torch sees no GPU")
         if config.questions % shard.world():
             raise ValueError(f"--questions: expected a multiple of {shard.world()} ranks, found {config.questions}")
-        checkpoint = newest_checkpoint(config.out) if config.resume else None
+        checkpoint = max(checkpoints(config.out), default=None) if config.resume else None
         if config.resume and not checkpoint:
             raise FileNotFoundError(f"--resume: no checkpoint in {config.out}; expected {config.out}/step-*/state-0.pt")
         if checkpoint:
@@ -427,7 +432,7 @@ def train(config: Config) -> dict:
             keep_lines(out / "metrics.jsonl", first)
             keep_lines(out / "trajectories.jsonl", first)
         elif main:  # everything has loaded: only now may the old run's lines and checkpoints go
-            for old in [*out.glob("step-*"), *(out / name for name in ("metrics.jsonl", "trajectories.jsonl", "results.json", "films.png"))]:
+            for old in [*checkpoints(out), *(out / name for name in ("metrics.jsonl", "trajectories.jsonl", "results.json", "films.png"))]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def judge(p: Policy) -> dict[str, list[Trajectory]]:  # of this rank's part of the held-out questions
@@ -455,7 +460,7 @@ def train(config: Config) -> dict:
                     changed = optimiser.step(rate * lr / config.lr)
                     stats.setdefault("changed", changed)
         seconds = time.time() - start
-        signal = mapo.has_signal(mapo.coupled_return(*rewards(sampled), config.beta, config.lam), config.group).tolist()
+        signal = mapo.has_signal(mapo.coupled_return(*paid_for(sampled, config), config.beta, config.lam), config.group).tolist()
         metrics = {"step": step + 1, **measure(sampled, shard.all_sum),
                    "signal_groups": shard.all_sum(sum(signal)) / shard.all_sum(len(signal)), "sampled": shard.all_sum(len(sampled)),
                    **stats, "logp_gap": logp_gap, "lr": lr, "tokens_per_s": shard.all_sum(sum(len(t.mask) for t in sampled)) / seconds,

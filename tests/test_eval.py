@@ -178,7 +178,7 @@ def test_a_new_run_puts_old_predictions_aside(files, run, tmp_path):
     run(tmp_path, "--data", files["V*"], "--encoder", "none", "--n", 3)
     before = (tmp_path / "predictions.jsonl").read_bytes()
     run(tmp_path, "--data", files["V*"], "--encoder", "none", "--n", 2)
-    assert (tmp_path / "previous" / "predictions.jsonl").read_bytes() == before
+    assert (tmp_path / "previous-1" / "predictions.jsonl").read_bytes() == before
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2
 
 

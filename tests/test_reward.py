@@ -1,4 +1,6 @@
 """Rewards: right is right however it is written, and a description scores by what the crop shows."""
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from data import DataError, Question, World, holds, world_questions
 from reward import Scorer, answerable, area_under_curve, astray, choose, grounded, measure, outcome, score
 from rollout import Trajectory, Turn
-from tools import Call, zoom
+from tools import MAX_ANSWER_CHARS, Call, zoom
 from policy import Tokens
 
 
@@ -66,6 +68,23 @@ def test_score_ignores_batch_and_article(policy, scorer, trajectories):
     assert torch.allclose(together[2], scorer(labels[2:3], crops[2:3])[0], atol=1e-4)
     assert torch.allclose(together, scorer.matrix(labels, crops).diagonal(), atol=1e-4)
     assert torch.allclose(scorer(["red circle"], crops[:1]), scorer(["The red circle"], crops[:1]), atol=1e-6)
+
+
+def test_score_does_not_remember(policy, scorer, trajectories):
+    """A resumed run starts with a fresh scorer: what was embedded before must not show, not even in the last bit."""
+    looks = [turn for t in trajectories for turn in t.looks][:4]
+    labels, crops = [t.call.label for t in looks], [t.crop_tokens for t in looks]
+    first = scorer(labels, crops)
+    scorer(["a label of many more words than these", *labels[:2]], crops[:3])
+    assert torch.equal(first, scorer(labels, crops))
+
+
+def test_the_worst_answer_takes_no_time():
+    """Dots and spaces made the patterns of `normalise` and `choose` take seconds."""
+    question, start = Question("?", "a", None, ("a", "b")), time.time()
+    for answer in ("." * MAX_ANSWER_CHARS, "B x" + " " * (MAX_ANSWER_CHARS - 4) + "x"):
+        assert outcome(question, answer) == 0
+    assert time.time() - start < .5
 
 
 def test_scores_line_up_with_turns(policy, scorer, trajectories):

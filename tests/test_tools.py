@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import (MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, system_prompt,
+from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, system_prompt,
                    TOOL_NAME, VAGUE, Answer, Call, Resolution, ToolError, check_box, fit, parse, to_original, zoom)
 
 SEEN = (96, 72)
@@ -91,6 +91,7 @@ LABELS = {  # label, raw JSON -> cleaned label or kind
     "lone surrogate by escape": ('"red \\ud800"', "label_characters"),
     "lone surrogate": ('"red \udc80"', "label_characters"),
     "invisible letter": ('"\\u3164"', "label_characters"),  # Hangul filler
+    "variation selector": ('"the ob\\ufe0fject"', "label_characters"),
 }
 
 BOXES = {  # box, raw JSON -> box or kind, for an image of 96 x 72
@@ -186,6 +187,7 @@ TURNS = {  # a whole turn -> Call, Answer or kind
     "half a closing tag": (f"<tool_call>{body()}</tool_cal", "unterminated_tool_call"),
     "open answer": ("<answer>B", "unterminated_answer"),
     "both open": ("<answer><tool_call>", "unterminated_tool_call"),
+    "endless answer": ("<answer>" + "." * 10_000 + "</answer>", Answer("." * MAX_ANSWER_CHARS)),
     "closing tag beyond the limit": ("<answer>" + "B" * MAX_TURN_CHARS + "</answer>", "unterminated_answer"),
     "a million characters": ("B" * 1_000_000, "no_action"),
     "nested tags": (f"<tool_call>{tagged(body())}</tool_call>", "bad_json"),

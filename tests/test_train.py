@@ -1,4 +1,5 @@
 """The loop: micro-batches add up, the environment's tokens get no gradient, a stopped run continues bit for bit."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import shard
 from conftest import ROOT
 from data import World, write_jsonl, world_questions
 from policy import Policy
-from reward import Scorer, score
-from train import Config, Questions, accumulate, collapse, micro_batches, noise, parse_config, payments, spread, train
+from reward import Scorer, format_reward, score
+from train import Config, Questions, accumulate, collapse, micro_batches, noise, paid_for, parse_config, payments, spread, train
 
 
 def small(tmp_path, **changes):
@@ -151,6 +152,14 @@ def test_noise_of_real_gradients_compares_half_the_questions_with_all(trainable,
     assert all(stats[key] == pytest.approx(value, rel=1e-3) for key, value in wanted.items())
 
 
+def test_the_formats_share_is_part_of_the_signal(trajectories):
+    """Two wrong answers, one of them well-formed, are no equal returns once --format_weight pays the form."""
+    pair = [t for t in trajectories if format_reward(t)][:2]
+    pair = [dataclasses.replace(pair[0], answer="no"), dataclasses.replace(pair[1], answer="no", end="max_turns")]
+    for weight, wanted in ((0., False), (.5, True)):
+        assert mapo.has_signal(mapo.coupled_return(*paid_for(pair, Config(format_weight=weight)), 0.), 2).tolist() == [wanted]
+
+
 def test_ppos_payments_sum_to_the_return(trajectories, policy):
     """Whatever the credit, what a trajectory's tokens are paid adds up to its coupled return, at tokens of the agent only."""
     r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
@@ -285,11 +294,14 @@ def test_the_real_commands(tmp_path):
     (["train.py", "--model", "docs"], "docs: no config.json"),
     (["train.py", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"], "Qwen/Qwen2.5-VL-3B-Instruct: no config.json"),
     (["train.py", "--resume"], "--resume: no checkpoint in"),
+    (["train.py", "--model", "{out}/step-000050"], "--out: a new run clears its folder"),
+    (["eval.py", "--max_tokens", "0"], "--max_tokens"),
+    (["eval.py", "--temperature", "-1"], "--temperature"),
     (["eval.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file")])
 def test_errors_are_one_clear_line_and_lose_nothing(arguments, words, tmp_path):
     """A typo is named in one line, and what an earlier run left in the folder is still there."""
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "step-000050").mkdir()
-    done = run(*arguments, "--out", tmp_path)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    done = run(*(a.format(out=tmp_path) for a in arguments), "--out", tmp_path)
+    assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "step-000050").is_dir()
