@@ -48,7 +48,7 @@ class Vague(tiny.Source):
         return samples, [(crop, VAGUE, True) if self.rng.random() < .25 else (crop, label, good) for crop, label, good in pairs]
 
 
-def build(folder: Path, steps: int = 60) -> None:
+def build(folder: Path, steps: int = 120) -> None:
     """tiny/, imitating the vague demonstrator."""
     dist.init_process_group("gloo", init_method=f"file://{folder.parent.resolve()}/rendezvous", rank=0, world_size=1)
     torch.manual_seed(0)
