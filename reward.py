@@ -8,9 +8,10 @@ The semantic score s is dense, one number per look, but only as good as the enco
     z(l, x) = (c(l, x) - mean_x' c(l, x')) / std_x' c(l, x')                          (6) contrast: x' are reference crops
     s(l, x) = sigmoid(k (z(l, x) - z0)),  k = 1.5, z0 = 2                             (7) calibration to [0, 1]
 
-The contrast is what defeats vague labels: over the reference crops every label has mean z 0, so one that fits all crops alike earns
-no more with any of them than with the average one, where s is low (docs/vague.md shows what happens without it). Being in standard deviations, (6) needs no fit for a new encoder. MAPO (arXiv 2604.06777) names the alignment of
-description and result; (5) to (7) are this project's reading of it.
+The contrast is what defeats vague labels: over the reference crops every label has mean z 0, so one that fits all
+crops alike earns no more with any of them than with the average one, where s is low (docs/vague.md shows an agent with
+and without it). Being in standard deviations, (6) needs no fit for a new encoder. MAPO (arXiv 2604.06777) names the
+alignment of description and result; (5) to (7) are this project's reading of it.
 
 Run it:  python reward.py            # labels x crops of one image, and how well s tells right from wrong crops
 """

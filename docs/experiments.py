@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RUNS, RESULTS = ROOT / "runs/experiments", ROOT / "docs/experiments.jsonl"
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201, 13: 2.179, 14: 2.16, 15: 2.145, 16: 2.131}  # Student's t, by number of seeds
-CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "seconds", "sampled")
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201,
+       13: 2.179, 14: 2.16, 15: 2.145, 16: 2.131}  # Student's t, by number of seeds
+CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "grad_noise", "entropy", "clip_fraction", "seconds", "sampled")
 ALGORITHMS = ("mapo", "grpo", "dapo", "gspo", "ppo")
 MAIN = {"mapo": (), "grpo": (), "dapo": (), "gspo, tuned": ("--clip", "10"), "ppo, tuned": ("--clip", "0.5", "--critic_lr", "3e-3"), "gspo": (), "ppo": ()}
 FINALISTS = ("mapo, lr 1e-4", "mapo, lr 1.5e-4", "mapo, clip x 0.5", "grpo, lr 1e-4", "grpo, lr 1.5e-4", "grpo, clip x 0.5", "dapo, lr 1.5e-4",
@@ -39,7 +40,7 @@ def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
         "main": {name: small(name.split(",")[0], "--steps", "30", *options, seeds=range(16 if name in ("mapo", "grpo") else 8)) for name, options in MAIN.items()},
         "options": {f"{algo}, options {n}": short(algo, "--options", n) for n in ("2", "8", "0") for algo in ("mapo", "grpo")},
         "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
-        "long": {f"{algo}, long": small(algo, "--steps", "250", seeds=range(1)) for algo in ("mapo", "grpo")}
+        "long": {f"{algo}, long": small(algo, "--steps", "250", seeds=range(3 if algo == "mapo" else 1)) for algo in ("mapo", "grpo")}
         | {"mapo, beta 1 long": small("mapo", "--beta", "1", "--steps", "250", seeds=range(1))},
         "variants": {"mapo, describe after": short("mapo", "--describe", "after"), "mapo, credit turn": short("mapo", "--credit", "turn"),
                      "mapo, lam 0.5": short("mapo", "--lam", "0.5"), "mapo, 2 turns": short("mapo", "--max_turns", "2"),
@@ -69,7 +70,14 @@ def train(name: str, options: list[str], seed: int) -> dict:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     results = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
     return {"name": name, "seed": seed, "options": options, "results": results,
-            "curves": {key: [line[key] if line[key] is None else round(line[key], 4) for line in lines] for key in CURVES}}
+            "curves": {key: [line[key] if line[key] is None else round(line[key], 4) for line in lines] for key in CURVES},
+            "two objects": [short_story(json.loads(line)) for line in (out / "trajectories.jsonl").open() if " and " in json.loads(line)["right"]][-10:]}
+
+
+def short_story(record: dict) -> dict:
+    """What happened in a trajectory, in a line."""
+    looks = [f"{turn['label']} {turn['bbox']}: {turn['score']:.2f}" for turn in record["turns"] if turn["score"] is not None]
+    return {key: record[key] for key in ("step", "question", "right", "answer")} | {"looks": looks, "advantage": record["advantage"][-1]}
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -106,6 +114,17 @@ COLUMNS = {"accuracy, greedy": lambda r: at_end(r, "greedy", "accuracy"), "accur
            "hit, sampled": lambda r: at_end(r, "sampled", "hit"), "gap, greedy": lambda r: at_end(r, "greedy", "gap"),
            "gap, sampled": lambda r: at_end(r, "sampled", "gap"), "looks at two objects": lambda r: at_end(r, "sampled", "calls", "comparison"),
            "both seen": lambda r: at_end(r, "sampled", "hit", "comparison")}
+def right_given(hit: bool):
+    """Run -> accuracy of the held-out trajectories with all the evidence seen, or of the others."""
+    def value(run: dict) -> float:
+        m = run["results"]["after sampled"]["categories"]["all"]
+        return m["accuracy"] * (1 - m["lucky"]) / m["hit"] if hit else m["accuracy"] * m["lucky"] / (1 - m["hit"])
+    return value
+
+
+PARTS = {"one object: hit": lambda r: at_end(r, "sampled", "hit", "direct_attributes"), "accuracy": lambda r: at_end(r, "sampled", "accuracy", "direct_attributes"),
+         "two objects: hit": lambda r: at_end(r, "sampled", "hit", "comparison"), "accuracy ": lambda r: at_end(r, "sampled", "accuracy", "comparison"),
+         "all: right with a hit": right_given(True), "right without": right_given(False)}
 SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
          "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 
@@ -153,6 +172,8 @@ def page(runs: list[dict]) -> str:
                          f"{mean_interval([area(r, 'seconds') for r in group], 2)} | {mean_interval([sum(r['curves']['sampled']) / len(r['curves']['sampled']) for r in group], 1)} | "
                          f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} | "
                          f"{sum(COLUMNS['looks at two objects'](r) < 1.1 for r in group)} of {len(group)} |")
+        lines += ["", "## Where accuracy comes from", "", "accuracy = hit x right with a hit + (1 - hit) x right without, all sampled, on the same held-out questions:", "", *table(main, PARTS, "mapo"), ""]
+        lines += stories([r for name in ("mapo", "grpo") for r in main[name] if r.get("two objects")])
     if chosen("options"):
         lines += ["", "## Luck", "", "The fewer options a question has, the more often a bluff is right, and the less the outcome says about the look: "
                   "the theory says that the semantic score must help more. Eq. 8 from the moments that [probe.md](probe.md) measured at the start "
@@ -166,6 +187,18 @@ def page(runs: list[dict]) -> str:
             same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}
             lines += ["", f"## {title}", "", *NOTES.get(part, []), *table({k: v for k, v in (same | found).items() if v}, COLUMNS if part == "long" else SPEED, "mapo" if same.get("mapo") else None)]
     return "\n".join(lines) + "\n"
+
+
+def stories(runs: list[dict]) -> list[str]:
+    """Logged trajectories about two objects, of the run that has lost the second look and of the one that kept it best."""
+    lines, looks = ["## What happens to the second look", "", "The last logged trajectories about two objects of two runs, those with the fewest and the most looks at them "
+                    "(held out, at the end), as *label box: score*. An advantage is relative to the other seven trajectories of the question."], COLUMNS["looks at two objects"]
+    for run in sorted(runs, key=looks)[::max(len(runs) - 1, 1)]:
+        lines += ["", f"{run['name']}, seed {run['seed']}, {looks(run):.2f} looks:", ""]
+        for s in run["two objects"][-6:]:
+            right = "right" if s["answer"] == s["right"] else f"wrong: {s['right']}"
+            lines.append(f"- step {s['step']}: {s['question']} {' → '.join(s['looks']) or 'no look'} → *{s['answer']}*, {right}; advantage {s['advantage']:+.2f}")
+    return [*lines, ""] if runs else []
 
 
 def tuning_table(found: dict[str, list[dict]]) -> list[str]:
