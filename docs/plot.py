@@ -79,7 +79,7 @@ def long(runs: list[dict]) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 6))
     for run in runs:
         algo, _, kind = run["name"].partition(", ")
-        if kind in ("long", "beta 1 long"):
+        if kind in ("long", "beta 1 long") and run["seed"] == 0:
             style, label = (STYLES[algo], algo) if kind == "long" else (dict(color="0.6", ls=":", lw=1.5), "mapo, beta 1")
             for axis, key in zip(axes.flat, keys):
                 axis.plot(smooth(run["curves"][key], 10), label=label, **style)
