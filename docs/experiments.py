@@ -28,7 +28,7 @@ FINALISTS = ("mapo, lr 1e-4", "mapo, lr 1.5e-4", "mapo, clip x 0.5", "grpo, lr 1
 NOTES = {"long": ["250 steps of 8 x 8, five times the default number. `beta 1` is the score alone: it ends with the smallest gap, one look and hardly a right answer, "
                   "because nothing pays for the second look or for answering. `docs/long.png` has the curves.", ""],
          "variants": ["`describe after` scores the words that follow the look, which can always be true; `2 turns` allow one look, `6 turns` five.", ""]}
-SHORT = 20  # steps of the runs that compare learning speed
+SHORT, LEVEL = 20, .45  # steps of the runs that compare learning speed, and an accuracy on the way
 
 
 def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
@@ -183,7 +183,7 @@ def page(runs: list[dict]) -> str:
         for options in ("2", "4", "8", "0"):  # 4: the first seeds of the main part
             pair = {f"{algo}, {options} options": [r for r in by_name.get(algo if options == "4" else f"{algo}, options {options}", []) if r["seed"] < 3]
                     for algo in ("mapo", "grpo")}
-            lines += ["", *table(pair, SPEED, f"mapo, {options} options")]
+            lines += ["", *table(pair, SPEED | {f"steps to {LEVEL} (at most {SHORT})": lambda r: min(steps_to(r, LEVEL), SHORT)}, f"mapo, {options} options")]
     for part, title in (("beta", "Beta"), ("variants", "Variants of MAPO"), ("long", "A long run")):
         if found := chosen(part):
             same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}

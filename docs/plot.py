@@ -75,15 +75,15 @@ def luck(runs: list[dict]) -> None:
 
 def long(runs: list[dict]) -> None:
     """250 steps: does anything collapse?"""
-    keys = ("accuracy", "hit", "gap", "calls", "entropy", "semantic")
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6))
+    windows = {"accuracy": 10, "hit": 10, "gap": 10, "lucky": 10, "calls": 10, "semantic": 10, "entropy": 10, "grad_noise": 50}
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6))
     for run in runs:
         algo, _, kind = run["name"].partition(", ")
         if kind in ("long", "beta 1 long") and run["seed"] == 0:
             style, label = (STYLES[algo], algo) if kind == "long" else (dict(color="0.6", ls=":", lw=1.5), "mapo, beta 1")
-            for axis, key in zip(axes.flat, keys):
-                axis.plot(smooth(run["curves"][key], 10), label=label, **style)
-                axis.set(xlabel="step", title=key)
+            for axis, (key, window) in zip(axes.flat, windows.items()):
+                axis.plot(smooth(run["curves"][key], window), label=label, **style)
+                axis.set(xlabel="step", title=key if window == 10 else f"{key}, mean of {window} steps")
     axes.flat[0].legend()
     figure.suptitle("250 steps of 8 x 8, seed 0, sampled trajectories, mean of 10 steps")
     figure.tight_layout()
