@@ -141,7 +141,7 @@ VAGUE = frozenset("""a an the this that these those it its he she they them ther
 
 
 # what shows nothing, whatever its category: fillers, and variation selectors
-BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800" + "".join(map(chr, [*range(0xfe00, 0xfe10), *range(0xe0100, 0xe01f0)]))
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800" + "".join(map(chr, [*range(0x180b, 0x1810), *range(0xfe00, 0xfe10), *range(0xe0100, 0xe01f0)]))
 
 
 def check_label(label: object) -> str:

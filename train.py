@@ -225,7 +225,8 @@ def micro_batches(trajectories: list[Trajectory], rows: list[int], limit: int) -
 
 def accumulate(policy: Policy, optimisers: list[shard.ShardedAdamW], trajectories: list[Trajectory], advantage: Tensor,
                config: Config, row: mapo.Algorithm, critic: tuple[Tensor, Tensor] | None = None) -> dict[str, float | None]:
-    """Gradient of the loss over all trajectories of all ranks, left in the optimisers. Returns statistics of the same sum.
+    """Gradient of the loss over all trajectories of all ranks, left in the optimisers. Returns statistics of the same sum (and
+    micro_batches, this rank's number of them).
 
     advantage and the critic's (old values, targets): (N, L - 1). The weights of all tokens are fixed before the first
     backward, so the micro-batches' gradients simply add up, on any number of ranks. A trajectory with advantage 0

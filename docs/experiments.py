@@ -2,7 +2,7 @@
 
 Every run is `python train.py` with the options below; runs of one comparison share start, questions and steps, so that
 differences are paired by seed. Learning rate, clip range and PPO's critic were chosen for each algorithm on seeds 100 and 101, which
-are not reported ("Tuning" below).
+are in no comparison ("Tuning" below).
 
 Run it:  python docs/experiments.py                       # trains what docs/experiments.jsonl lacks, two runs at a time (--jobs)
          python docs/experiments.py --only options        # one part
@@ -116,17 +116,18 @@ COLUMNS = {"accuracy, greedy": lambda r: at_end(r, "greedy", "accuracy"), "accur
            "hit, sampled": lambda r: at_end(r, "sampled", "hit"), "gap, greedy": lambda r: at_end(r, "greedy", "gap"),
            "gap, sampled": lambda r: at_end(r, "sampled", "gap"), "looks at two objects": lambda r: at_end(r, "sampled", "calls", "comparison"),
            "both seen": lambda r: at_end(r, "sampled", "hit", "comparison")}
-def right_given(hit: bool):
-    """Run -> accuracy of the held-out trajectories with all the evidence seen, or of the others."""
-    def value(run: dict) -> float:
-        m = run["results"]["after sampled"]["categories"]["all"]
-        return m["accuracy"] * (1 - m["lucky"]) / m["hit"] if hit else m["accuracy"] * m["lucky"] / (1 - m["hit"])
+def right_given(hit: bool, category: str = "all"):
+    """Run -> accuracy of the held-out trajectories with all the evidence seen, or of the others; None where there are none."""
+    def value(run: dict) -> float | None:
+        m = run["results"]["after sampled"]["categories"][category]
+        right, share = (1 - m["lucky"], m["hit"]) if hit else (m["lucky"], 1 - m["hit"])
+        return m["accuracy"] * right / share if share else None
     return value
 
 
 PARTS = {"one object: hit": lambda r: at_end(r, "sampled", "hit", "direct_attributes"), "accuracy": lambda r: at_end(r, "sampled", "accuracy", "direct_attributes"),
          "two objects: hit": lambda r: at_end(r, "sampled", "hit", "comparison"), "accuracy ": lambda r: at_end(r, "sampled", "accuracy", "comparison"),
-         "all: right with a hit": right_given(True), "right without": right_given(False)}
+         "right with both seen": right_given(True, "comparison"), "all: right with a hit": right_given(True), "right without": right_given(False)}
 SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
          "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 
@@ -236,13 +237,13 @@ def main() -> None:
     runs = [json.loads(line) for line in RESULTS.open()] if RESULTS.is_file() else []
     if not args.table:
         RUNS.mkdir(parents=True, exist_ok=True)
-        done = {(r["name"], r["seed"]) for r in runs}
+        done = [(r["name"], r["options"], r["seed"]) for r in runs]
         jobs = [(name, options, seed) for part in args.only for name, (options, seeds) in parts()[part].items() for seed in seeds[:args.seeds]
-                if (name, seed) not in done]
+                if (name, options, seed) not in done]
         jobs = sorted(jobs, key=lambda job: (args.only.index(next(p for p in args.only if job[0] in parts()[p])), job[2]))  # seed by seed
         with ThreadPoolExecutor(args.jobs) as pool:
             for run in pool.map(lambda job: train(*job), jobs):
-                runs.append(run)
+                runs = [r for r in runs if (r["name"], r["seed"]) != (run["name"], run["seed"])] + [run]
                 RESULTS.write_text("".join(json.dumps(r) + "\n" for r in runs))
     (ROOT / "docs/experiments.md").write_text(page(runs))
 

@@ -34,19 +34,19 @@ def curves(runs: list[dict]) -> None:
     keys = ("accuracy", "hit", "gap", "lucky", "signal_groups")
     figure, axes = plt.subplots(2, 3, figsize=(13, 7))
     for name in list(MAIN)[:5]:
-        algo, group = name.split(",")[0], [r for r in runs if r["name"] == name]
+        style, group = STYLES[name.split(",")[0]], [r for r in runs if r["name"] == name]
         if not group:
             continue
         for axis, key in zip(axes.flat, keys):
             points = [mean_half(values) for values in zip(*(smooth(r["curves"][key]) for r in group))]
-            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=algo, **STYLES[algo])
-            if algo == "mapo":
+            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=name, **style)
+            if name == "mapo":
                 axis.fill_between(range(1, len(points) + 1), [m - h for m, h in points], [m + h for m, h in points], color="0.85")
             axis.set(xlabel="step", title={"signal_groups": "groups with signal"}.get(key, key))
         points = [mean_half(values)[0] for values in zip(*(smooth(r["curves"]["accuracy"]) for r in group))]
         seconds, clock = [mean_half(values)[0] for values in zip(*(r["curves"]["seconds"] for r in group))], 0.
         times = [clock := clock + s for s in seconds]
-        axes.flat[-1].plot(times, points, label=algo, **STYLES[algo])
+        axes.flat[-1].plot(times, points, label=name, **style)
     axes.flat[-1].set(xlabel="seconds of training, two runs side by side", title="accuracy")
     axes.flat[0].legend()
     figure.suptitle("sampled trajectories, mean over seeds (mapo, grpo: 16, others: 8) and 5 steps; grey: 95% interval of mapo's mean")

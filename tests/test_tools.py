@@ -91,6 +91,7 @@ LABELS = {  # label, raw JSON -> cleaned label or kind
     "lone surrogate by escape": ('"red \\ud800"', "label_characters"),
     "lone surrogate": ('"red \udc80"', "label_characters"),
     "invisible letter": ('"\\u3164"', "label_characters"),  # Hangul filler
+    "Mongolian variation selector": ('"the ob\\u180bject"', "label_characters"),
     "variation selector": ('"the ob\\ufe0fject"', "label_characters"),
 }
 
