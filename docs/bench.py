@@ -648,7 +648,7 @@ def part_e(args) -> list[dict]:
     points = [("turns", n, 8, n, 16) for n in range(1, 7)] + [("group", g, g, 3, 16) for g in (2, 4, 8, 16, 32)] + \
              [("image tokens", v, 8, 3, v) for v in (16, 64, 144, 256)]
     spent = {point[:2]: ([], []) for point in points}
-    for trial in range(4):
+    for trial in range(args.pairs + 1):
         for axis, value, group, turns, image in points:
             policy.resolution = Resolution(usual.factor, usual.min_pixels, image * usual.factor ** 2)
             trajectories: list = []
