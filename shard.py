@@ -63,9 +63,12 @@ def named(error: Exception) -> str:
 def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started; without torchrun, or with one rank, nothing. Returns this rank's device.
 
-    timeout: seconds after which waiting for another rank is an error; longer than the slowest rank's longest lone phase."""
+    timeout: seconds after which waiting for another rank is an error; longer than the slowest rank's longest lone phase.
+    Raises ValueError for cuda without a GPU."""
     global DEVICE, TIMEOUT, STORE
-    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

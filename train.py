@@ -341,7 +341,7 @@ def save_checkpoint(policy: Policy, optimisers: list[shard.ShardedAdamW], genera
 
 
 def checkpoints(out: str | Path) -> list[Path]:
-    return sorted(p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file())
+    return [p for p in Path(out).glob("step-*") if (p / "state-0.pt").is_file()]
 
 
 def check_settings(folder: Path, config: Config) -> None:
@@ -403,8 +403,6 @@ def train(config: Config) -> dict:
     device = shard.setup(config.device, config.timeout)
     out, row, main = Path(config.out), mapo.ALGORITHMS[config.algo], shard.rank() == 0
     with shard.together():
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU")
         if config.questions % shard.world():
             raise ValueError(f"--questions: expected a multiple of {shard.world()} ranks, found {config.questions}")
         checkpoint = max(checkpoints(config.out), default=None) if config.resume else None

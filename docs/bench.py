@@ -776,20 +776,21 @@ def why(a: dict, c: dict, d: dict, e: dict) -> list[str]:
     """What the targets that are missed would take, from the numbers above."""
     share = lambda *rows: sum(median(d[row]["limit_s"]) for row in rows) / sum(median(d[row]["ours_s"]) for row in rows)
     rollouts, step = share("rollouts"), share("rollouts", "update")
-    need = lambda record, target, now: f"{target} / {record['ratio']:.2f} x {now:.2f} = {now * target / record['ratio']:.2f}"
+    target = lambda key: TARGETS[key][2]
+    need = lambda record, key, now: f"{target(key)} / {record['ratio']:.2f} x {now:.2f} = {now * target(key) / record['ratio']:.2f}"
     work = d["operations, rollouts"]["seconds"]
     bare = (work["elementwise and the rest"] + work["Python between operations"] + work["copies"]) / sum(work.values())
     turns = {value: both for axis, value, *_, both in e["points"]["points"] if axis == "turns"}
     prompt = lambda ratio: (1 - ratio) / (ratio / 2 - 1 / 16)     # x in (1 + x / 16) / (1 + x / 2) = ratio
     return ["## What the missed targets would take", "",
             f"- **a.** `generate` decodes as we do, one token a row through the same layers; what we share and save is the rest. Rollouts reach {rollouts:.2f} of what `torch.matmul` needs; "
-            f"the targets mean {need(a['forced 3'], 4, rollouts)} at 3 turns and {need(a['forced 6'], 6, rollouts)} at 6. But {bare:.0%} of the time is no product and no attention: "
+            f"the targets mean {need(a['forced 3'], 'a forced 3', rollouts)} at 3 turns and {need(a['forced 6'], 'a forced 6', rollouts)} at 6. But {bare:.0%} of the time is no product and no attention: "
             "norms, rotations and activations of 64 rows, copies, and Python between operations too small to hide it. Larger models have less of all three.",
-            f"- **c.** The step reaches {step:.2f} of the limit in rollouts and update together; five times TRL means {need(c['step'], 5, step)}, every layer included.",
+            f"- **c.** The step reaches {step:.2f} of the limit in rollouts and update together; five times TRL means {need(c['step'], 'c', step)}, every layer included.",
             f"- **e, turns.** Time grows evenly, but the first turn is the cheapest: {1e3 * turns[1]:.1f} ms a trajectory with one turn, and {1e3 * (turns[6] - turns[1]) / 5:.1f} for each "
             "further one, which also has an observation to read (a crop and its tags) and more keys to attend to.",
             f"- **e, group.** With a prompt that costs x times what follows it, a trajectory in a group of g costs 1 + x / g. The measured {e['group']['ratio']:.2f} says x = "
-            f"{prompt(e['group']['ratio']):.2f}; the target says x = {prompt(.7):.2f}, a prompt as expensive as three turns. Ours has 16 image tokens and a question."]
+            f"{prompt(e['group']['ratio']):.2f}; the target says x = {prompt(target('e group')):.2f}, a prompt as expensive as three turns. Ours has 16 image tokens and a question."]
 
 
 def machine(args) -> str:

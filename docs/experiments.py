@@ -64,16 +64,15 @@ def tuning(run) -> dict[str, tuple[list[str], range]]:
 def train(name: str, options: list[str], seed: int) -> dict:
     """One run's line in experiments.jsonl: its options, curves by step, and what it ended at."""
     out = RUNS / f"{name.replace(', ', '-').replace(' ', '')}-{seed}"
-    if not (out / "done").is_file():
-        print(f"training {name}, seed {seed}", flush=True)
-        subprocess.run([sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True,
-                       stdout=subprocess.DEVNULL, stderr=(RUNS / "errors.log").open("a"))
-        (out / "done").touch()
+    print(f"training {name}, seed {seed}", flush=True)
+    subprocess.run([sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL, stderr=(RUNS / "errors.log").open("a"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    stories = [short_story(record) for record in map(json.loads, (out / "trajectories.jsonl").open()) if " and " in record["right"]]
     results = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
     return {"name": name, "seed": seed, "options": options, "results": results,
             "curves": {key: [line[key] if line[key] is None else round(line[key], 4) for line in lines] for key in CURVES},
-            "two objects": [short_story(json.loads(line)) for line in (out / "trajectories.jsonl").open() if " and " in json.loads(line)["right"]][-10:]}
+            "two objects": stories[-10:]}
 
 
 def short_story(record: dict) -> dict:
@@ -125,9 +124,9 @@ def right_given(hit: bool, category: str = "all"):
     return value
 
 
-PARTS = {"one object: hit": lambda r: at_end(r, "sampled", "hit", "direct_attributes"), "accuracy": lambda r: at_end(r, "sampled", "accuracy", "direct_attributes"),
-         "two objects: hit": lambda r: at_end(r, "sampled", "hit", "comparison"), "accuracy ": lambda r: at_end(r, "sampled", "accuracy", "comparison"),
-         "right with both seen": right_given(True, "comparison"), "all: right with a hit": right_given(True), "right without": right_given(False)}
+PARTS = {"one object: hit": lambda r: at_end(r, "sampled", "hit", "direct_attributes"), "one object: accuracy": lambda r: at_end(r, "sampled", "accuracy", "direct_attributes"),
+         "two objects: hit": lambda r: at_end(r, "sampled", "hit", "comparison"), "two objects: accuracy": lambda r: at_end(r, "sampled", "accuracy", "comparison"),
+         "two objects: right with both seen": right_given(True, "comparison"), "all: right with a hit": right_given(True), "all: right without": right_given(False)}
 SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
          "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 

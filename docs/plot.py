@@ -39,7 +39,7 @@ def curves(runs: list[dict]) -> None:
             continue
         for axis, key in zip(axes.flat, keys):
             points = [mean_half(values) for values in zip(*(smooth(r["curves"][key]) for r in group))]
-            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=name, **style)
+            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=f"{name}, {len(group)} seeds", **style)
             if name == "mapo":
                 axis.fill_between(range(1, len(points) + 1), [m - h for m, h in points], [m + h for m, h in points], color="0.85")
             axis.set(xlabel="step", title={"signal_groups": "groups with signal"}.get(key, key))
@@ -49,7 +49,7 @@ def curves(runs: list[dict]) -> None:
         axes.flat[-1].plot(times, points, label=name, **style)
     axes.flat[-1].set(xlabel="seconds of training, two runs side by side", title="accuracy")
     axes.flat[0].legend()
-    figure.suptitle("sampled trajectories, mean over seeds (mapo, grpo: 16, others: 8) and 5 steps; grey: 95% interval of mapo's mean")
+    figure.suptitle("sampled trajectories, mean over seeds and 5 steps; grey: 95% interval of mapo's mean")
     figure.tight_layout()
     figure.savefig(DOCS / "curves.png", dpi=80)
 

@@ -85,9 +85,9 @@ def run(arm: str, seed: int) -> None:
 
 
 def page(runs: list[dict]) -> str:
-    columns = {"vague, first 5 steps": lambda r: sum(r["vague"][:5]) / 5, "vague, last 5": lambda r: sum(r["vague"][-5:]) / 5,
-               "semantic, first 5": lambda r: sum(r["semantic"][:5]) / 5, "semantic, last 5": lambda r: sum(r["semantic"][-5:]) / 5,
-               "valid turns, first 5": lambda r: sum(r["valid"][:5]) / 5, "hit, held out": lambda r: r["after"]["hit"],
+    first, last = (lambda key: lambda r: sum(r[key][:5]) / 5), (lambda key: lambda r: sum(r[key][-5:]) / 5)
+    columns = {"vague, first 5 steps": first("vague"), "vague, last 5": last("vague"), "semantic, first 5": first("semantic"),
+               "semantic, last 5": last("semantic"), "valid turns, first 5": first("valid"), "hit, held out": lambda r: r["after"]["hit"],
                "accuracy, held out": lambda r: r["after"]["accuracy"]}
     lines = [__doc__.split("Run it")[0].strip(), "", f"`python docs/vague.py` made this page: {STEPS} steps of 8 x 8, {len(SEEDS)} seeds, mean ± 95% interval (Student's t). "
              "*Vague*: share of looks described as \"the object\". Held out: 200 questions, sampled.", "",
