@@ -126,7 +126,8 @@ def right_given(hit: bool, category: str = "all"):
 
 PARTS = {"one object: hit": lambda r: at_end(r, "sampled", "hit", "direct_attributes"), "one object: accuracy": lambda r: at_end(r, "sampled", "accuracy", "direct_attributes"),
          "two objects: hit": lambda r: at_end(r, "sampled", "hit", "comparison"), "two objects: accuracy": lambda r: at_end(r, "sampled", "accuracy", "comparison"),
-         "two objects: right with both seen": right_given(True, "comparison"), "all: right with a hit": right_given(True), "all: right without": right_given(False)}
+         "two objects: right with both seen": right_given(True, "comparison"),
+         "coarse to fine: accuracy": lambda r: at_end(r, "sampled", "accuracy", "coarse_to_fine"), "all: right with a hit": right_given(True), "all: right without": right_given(False)}
 SPEED = {"accuracy, steps 1-20": area, "hit, steps 1-20": lambda r: area(r, "hit"), "gap, steps 1-20": lambda r: area(r, "gap"),
          "lucky, steps 1-20": lambda r: area(r, "lucky"), "groups with signal": lambda r: area(r, "signal_groups")}
 
@@ -175,6 +176,10 @@ def page(runs: list[dict]) -> str:
                          f"{mean_interval([at_end(r, 'sampled', 'calls') for r in group], 2)} | "
                          f"{sum(COLUMNS['looks at two objects'](r) < 1.1 for r in group)} of {len(group)} |")
         lines += ["", "## Where accuracy comes from", "", "accuracy = hit x right with a hit + (1 - hit) x right without, all sampled, on the same held-out questions:", "", *table(main, PARTS, "mapo"), ""]
+        both = COLUMNS | PARTS
+        halves = [table({algo: [r for r in main[algo] if first <= r["seed"] < first + 8] for algo in ("mapo", "grpo")}, both, "mapo")[-1] for first in (0, 8)]
+        lines += ["mapo - grpo, paired, in the eight seeds that came first and in the eight added later:", "", *table({}, both),
+                  *(half.replace("mapo - grpo, paired", seeds) for half, seeds in zip(halves, ("seeds 0-7", "seeds 8-15"))), ""]
         lines += stories([r for r in main["mapo"] if r.get("two objects")])
     if chosen("options"):
         lines += ["", "## Luck", "", "The fewer options a question has, the more often a bluff is right, and the less the outcome says about the look: "
@@ -188,6 +193,9 @@ def page(runs: list[dict]) -> str:
         if found := chosen(part):
             same = {"mapo": [r for r in by_name.get("mapo", []) if r["seed"] < 3]} if part != "long" else {}
             lines += ["", f"## {title}", "", *NOTES.get(part, []), *table({k: v for k, v in (same | found).items() if v}, COLUMNS if part == "long" else SPEED, "mapo" if same.get("mapo") else None)]
+            if part == "long":
+                looks = lambda name: ", ".join(f"{COLUMNS['looks at two objects'](r):.2f}" for r in sorted(by_name[name], key=lambda r: r["seed"]) if r["seed"] < 3)
+                lines += ["", f"Looks at two objects of MAPO, seeds 0, 1, 2: {looks('mapo')} after 30 steps, {looks('mapo, long')} after 250."]
     return "\n".join(lines) + "\n"
 
 

@@ -68,7 +68,7 @@ def luck(runs: list[dict]) -> None:
                               label=f"{key}, steps 1-20" if x == 0 else None)
     axis.axhline(0, color="black", lw=.6)
     axis.set(xticks=range(4), xticklabels=["open", "8 options", "4", "2"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
-    axis.legend(loc="lower left", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(.5, -.08), ncols=3, fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "luck.png", dpi=80)
 
