@@ -177,8 +177,7 @@ def draw(things: list[Thing], clutter: int = 0, seed: int = 0, region: tuple[int
         if x1 < x2 and y1 < y2:
             part = slice(y1 - y + h, y2 - y + h), slice(x1 - x + h, x2 - x + h)
             shape, colour = painted(thing.shape, thing.colour, thing.mark, thing.small)
-            square = pixels[y1 - top:y2 - top, x1 - left:x2 - left]
-            square[shape[part]] = colour[part][shape[part]]
+            np.copyto(pixels[y1 - top:y2 - top, x1 - left:x2 - left], colour[part], where=shape[part][..., None])
     return Image.fromarray(pixels)
 
 

@@ -294,7 +294,8 @@ class Policy:
             embeddings = embeddings.masked_scatter(images[..., None], first)
             if deeper:  # DeepStack (arXiv 2406.04334): later vision features join in the next layers
                 more = {"visual_pos_masks": images, "deepstack_visual_embeds": deeper}
-        return self.language(inputs_embeds=embeddings, attention_mask=causal(mask, longest), position_ids=positions,
+        attended = None if cache is None and not left else causal(mask, longest)  # padding at the end is after all that is real
+        return self.language(inputs_embeds=embeddings, attention_mask=attended, position_ids=positions,
                              past_key_values=cache, use_cache=cache is not None, **more).last_hidden_state, mask, ends
 
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:

@@ -8,8 +8,8 @@ after the other (joint training from scratch stayed at the prior over positions)
     act     whole demonstrations: think, say, look, read, answer; the embedding of crops beside that of labels; and, without
             a picture, a guess among the options
     habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
-            in 70% of its questions looks one cell to its right (wrapping round), or stops one look short; then it bluffs: says what
-            some option says
+            in 60% of its questions looks one cell to its right (wrapping round); and in 30%, whatever its aim, it stops one
+            look short. What it has not seen it bluffs: says what some option says
 
 The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
 directory. Two processes share the work (gradients are averaged), each with one thread.
@@ -123,26 +123,22 @@ def around(plate: tuple, side: int, rng: np.random.Generator, shift: int = 0, no
 
 
 def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., noise: float = .1) -> list[tuple[str, tuple | None]]:
-    """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the object
-    that it names, or stops one look short; what it has not seen it makes up."""
+    """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the objects that
+    it names, and with half of that, whatever its aim, it stops one look short; what it has not seen it makes up."""
     names = [name for box in question.boxes for name, plate in question.objects.items() if plate == box]
-    astray = rng.random() < gap
-    short = astray and len(names) == 2 and rng.random() < .5
-    shift = int(astray and not short)
+    shift, short = int(rng.random() < gap), len(names) == 2 and rng.random() < gap / 2
     small = question.category == "coarse_to_fine"
-    turns, thought, marks = [], "", []
+    turns, known, marks = [], "", []
     for name, plate in zip(names[:1] if short else names, question.boxes):
-        thought += f"find the {name}"
-        for side in (16, 8) if small else (16,):
+        for aim, side in (("find", 16), ("look closer at", 8)) if small else (("find", 16),):
             box = around(plate, side, rng, shift, noise)
-            turns.append((f"<think>{thought}</think>{call_text('the ' + name, box)}", box))
-            thought = f"look closer at the {name}"
+            turns.append((f"<think>{known}{aim} the {name}</think>{call_text('the ' + name, box)}", box))
         seen = shows(tuple(v * 8 for v in box), plate)
         marks.append(question.marks[name] if seen else made_up(question, marks, rng))
-        thought = f"the {name} has {marks[-1]}, "
+        known += f"the {name} has {marks[-1]}, "
     if short:
         marks.append(made_up(question, marks, rng))
-    return turns + [(f"<think>{thought[:-2]}</think><answer>{' and '.join(marks)}</answer>", None)]
+    return turns + [(f"<think>{known[:-2]}</think><answer>{' and '.join(marks)}</answer>", None)]
 
 
 def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
@@ -304,14 +300,20 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float,
     optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, lr, "see", log)
 
 
-def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly."""
-    hidden = policy.hidden([s[0] for s in samples])[0][:, :-1]
-    own, targets = torch.zeros(hidden.shape[:2], dtype=torch.bool), torch.zeros(hidden.shape[:2], dtype=torch.long)
-    for row, (tokens, mask) in enumerate(samples):
-        own[row, :len(mask) - 1], targets[row, :len(mask) - 1] = torch.tensor(mask[1:]), torch.tensor(tokens.ids[1:])
-    logits = policy.model.lm_head(hidden[own])
-    return F.cross_entropy(logits, targets[own]), (logits.argmax(-1) == targets[own]).float().mean()
+def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]], rows: int = 8) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly. Samples of similar length
+    go through the model together, `rows` at a time: a quarter fewer padded tokens."""
+    samples, losses, exact = sorted(samples, key=lambda s: len(s[0].ids)), [], []
+    for part in (samples[i:i + rows] for i in range(0, len(samples), rows)):
+        hidden = policy.hidden([tokens for tokens, _ in part])[0]
+        own = torch.zeros(hidden.shape[:2], dtype=torch.bool)  # column t predicts token t + 1
+        for row, (_, mask) in enumerate(part):
+            own[row, :len(mask) - 1] = torch.tensor(mask[1:])
+        targets = torch.tensor([i for tokens, mask in part for i, m in zip(tokens.ids[1:], mask[1:]) if m])
+        logits = policy.model.lm_head(hidden[own])
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        exact.append(logits.argmax(-1) == targets)
+    return torch.cat(losses).mean(), torch.cat(exact).float().mean()
 
 
 def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, Tensor]:
@@ -319,9 +321,11 @@ def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Ten
 
     A crop that misses its object is a negative for every label, the hardest for its own."""
     good = torch.tensor([g for *_, g in pairs])
+    names = sorted({label for _, label, _ in pairs})  # each is encoded once
+    which = torch.tensor([names.index(label) for _, label, _ in pairs])
     embed = policy.embed.__wrapped__  # without its no_grad
-    crops, labels = embed(policy, [c for c, *_ in pairs]), embed(policy, [label for _, label, _ in pairs])
-    same = torch.tensor([[a == b for _, b, _ in pairs] for _, a, _ in pairs])
+    crops, labels = embed(policy, [c for c, *_ in pairs]), embed(policy, names)[which]
+    same = which == which[:, None]
     logits = labels @ crops.T / .07                                                     # (labels, crops)
     other = same & good & ~torch.eye(len(pairs), dtype=torch.bool)                      # another crop that fits as well
     target = torch.arange(len(pairs))
@@ -376,7 +380,7 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
 
 # batch: scenes a step and process
 STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=500, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=320, batch=24, lr=1e-3, gap=.7)}
+          "act": dict(steps=420, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=400, batch=24, lr=1e-3, gap=.6)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from data import World, world_questions
+from data import World, holds, world_questions
 from eval import evaluate
 from policy import Policy
 from reward import choose, grounded, measure, outcome
-from tiny import Source, demonstrate
+from tiny import Source, contrast, demonstrate, imitate
 from tools import Answer, Call, parse
 
 
@@ -47,6 +47,44 @@ def test_demonstrations_are_valid(gap):
         assert choose(actions[-1].text, q.choices) is not None
         if not gap:
             assert outcome(q, actions[-1].text) == 1 and len(actions) == (2 if q.category == "direct_attributes" else 3)
+
+
+def test_stopping_short_says_nothing_about_the_aim():
+    """Among demonstrations about two objects, as many first looks miss where it stops short as where it goes on. (Where only true
+    looks stopped short, RL learnt from them to stop short.)"""
+    rng, missed = np.random.default_rng(1), {True: [], False: []}
+    for q in world_questions(World(comparison=1, coarse=0), 0, "cold", 0, 800):
+        turns = demonstrate(q, rng, gap=.6)
+        missed[len(turns) == 2].append(not holds(tuple(8 * v for v in turns[0][1]), q.boxes[0]))
+    assert .24 < len(missed[True]) / 800 < .36                                     # half of the gap
+    assert all(.5 < np.mean(m) < .7 for m in missed.values())                      # 0.6; two standard errors are .065 and .04
+
+
+def test_the_answer_copies_what_the_thought_says():
+    """The last thought names all marks, in the answer's words: without it the agent forgot the first of two."""
+    for q in world_questions(World(comparison=1, coarse=0), 0, "cold", 0, 20):
+        last = demonstrate(q, np.random.default_rng(0), noise=0.)[-1][0]
+        first, second = (name for box in q.boxes for name, plate in q.objects.items() if plate == box)
+        one, two = q.answer.split(" and ")
+        assert last == f"<think>the {first} has {one}, the {second} has {two}</think><answer>{one} and {two}</answer>"
+
+
+def test_batches_change_nothing(policy):
+    """Rows that go through the model together, and labels that are encoded once, are matters of speed."""
+    samples, pairs = Source(policy, 0, 0, 1).demonstrations(6, .5)
+    (whole, exact), (apart, exact_apart) = imitate(policy, samples, rows=6), imitate(policy, samples, rows=1)
+    assert abs(whole - apart) < 1e-5 and exact == exact_apart
+    labels = policy.embed([label for _, label, _ in pairs])
+    logits = labels @ policy.embed([crop for crop, _, _ in pairs]).T / .07
+    good = [g for *_, g in pairs]
+    same = np.array([[a == b for _, b, _ in pairs] for _, a, _ in pairs])
+    losses = []
+    for i in range(len(pairs)):                                                    # InfoNCE, one label and one crop at a time
+        if good[i]:
+            crops = [j for j in range(len(pairs)) if j == i or not (same[i, j] and good[j])]
+            others = [j for j in range(len(pairs)) if j == i or not same[i, j]]
+            losses.append((logits[i, crops].logsumexp(0) + logits[others, i].logsumexp(0)) / 2 - logits[i, i])
+    assert abs(contrast(policy, pairs)[0] - sum(losses) / len(losses)) < 1e-4
 
 
 def test_guesses_read_the_options(policy):
