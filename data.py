@@ -168,8 +168,7 @@ def draw(things: list[Thing], clutter: int = 0, seed: int = 0, region: tuple[int
     """The scene at full resolution, RGB, or a region (x1, y1, x2, y2) of it."""
     left, top, right, bottom = region
     pixels, rng = ground()[top:bottom, left:right].copy(), np.random.default_rng(seed)
-    for _ in range(clutter):
-        x, y, width, height = (BLOCK * rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9])).tolist()
+    for x, y, width, height in (BLOCK * rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9], (clutter, 4))).tolist():
         pixels[max(y - top, 0):max(y + height - top, 0), max(x - left, 0):max(x + width - left, 0)] = 90
     for thing in things:
         (x, y), h = thing.centre, thing.half
@@ -184,8 +183,7 @@ def draw(things: list[Thing], clutter: int = 0, seed: int = 0, region: tuple[int
 def draw_overview(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
     """draw(..) reduced BLOCK times, within one grey level and many times faster: for the cold start's many scenes."""
     pixels, rng = reduced_ground().copy(), np.random.default_rng(seed)
-    for _ in range(clutter):
-        x, y, width, height = rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9]).tolist()
+    for x, y, width, height in rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9], (clutter, 4)).tolist():
         pixels[y:y + height, x:x + width] = 90
     for thing in things:
         (x, y), h = (v // BLOCK for v in thing.centre), thing.half // BLOCK

@@ -176,6 +176,7 @@ class Policy:
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         self.coordinates = coordinates or agent.get("coordinates", "pixels")
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
+        self.encode = functools.lru_cache(4096)(functools.partial(self.tokenizer.encode, add_special_tokens=False))  # most pieces come again
         self.value_head: torch.nn.Linear | None = None  # only PPO has one
         self.train_vision = False                       # True: images keep their patches, and are encoded again where gradients are
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -244,9 +245,7 @@ class Policy:
         """Concatenate texts and encoded images. Text is trusted: special tokens in it become special tokens."""
         result = Tokens([])
         for part in parts:
-            if isinstance(part, str):
-                part = Tokens(self.tokenizer.encode(part, add_special_tokens=False))
-            result = result + part
+            result = result + (Tokens(list(self.encode(part))) if isinstance(part, str) else part)
         return result
 
     def prompt(self, image: Tokens, text: str) -> Tokens:

@@ -108,9 +108,11 @@ def test_the_start_has_a_gap(policy):
     blind = [t for t in trajectories if not grounded(t)]
     assert np.mean([choose(t.answer or "", t.question.choices) is not None for t in blind]) > .65
     assert .12 < np.mean([outcome(t.question, t.answer) for t in blind]) < .3
-    seen = [t for t in trajectories if grounded(t)]
-    assert len(seen) > 30 and np.mean([outcome(t.question, t.answer) for t in seen]) > .75  # .88 of 104; two standard errors of 38
-    assert measure(evaluate(policy, world_questions(World(), 0, "test", 0, 200)))["hit"] < .5
+    greedy = evaluate(policy, world_questions(World(), 0, "test", 0, 200))
+    assert measure(greedy)["hit"] < .5
+    for sample, least in ((greedy, .9), (trajectories, .6)):  # of 400 others: .99 and .72
+        seen = [t for t in sample if grounded(t)]
+        assert len(seen) > 30 and np.mean([outcome(t.question, t.answer) for t in seen]) > least
 
 
 def test_build_a_few_steps(tmp_path):
