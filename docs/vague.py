@@ -54,7 +54,7 @@ def build(folder: Path, steps: int = 120) -> None:
     torch.manual_seed(0)
     policy = Policy(ROOT / "tiny")
     policy.model.train()
-    tiny.stage_language(policy, Vague(policy, 900, 0, 1), "vague", steps, 24, 5e-4, print, gap=.7)
+    tiny.stage_language(policy, Vague(policy, 900, 0, 1), "vague", steps, 24, 5e-4, print, gap=tiny.STAGES["habit"]["gap"])
     dist.destroy_process_group()
     policy.save(folder)
 
