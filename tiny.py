@@ -352,6 +352,12 @@ def stage_language(policy: Policy, source: Source, name: str, steps: int, batch:
     optimise(list(policy.language.parameters()), loss_at, steps, lr, name, log)
 
 
+def embed_by_product(visual: nn.Module) -> None:
+    """A patch is one window of the convolution that embeds it, so a matrix product does the same, in a fraction of the time."""
+    projection = visual.patch_embed.proj
+    projection.forward = lambda patches: F.linear(patches.flatten(1), projection.weight.flatten(1))
+
+
 def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
@@ -364,6 +370,7 @@ def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str,
     policy = Policy(f"{out}-empty" if start == names[0] else stage_folder(names[names.index(start) - 1]))
     log(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     policy.model.train()
+    embed_by_product(policy.model.model.visual)
     for number in range(names.index(start), len(names)):
         name, settings = names[number], dict(STAGES[names[number]])
         source = Source(policy, seed * 100 + number, rank, ranks)

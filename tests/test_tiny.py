@@ -5,13 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 from data import World, holds, world_questions
 from eval import evaluate
 from policy import Policy
 from reward import choose, grounded, measure, outcome
-from tiny import Source, contrast, demonstrate, imitate
+from tiny import Source, contrast, demonstrate, embed_by_product, imitate
 from tools import Answer, Call, parse
 
 
@@ -85,6 +86,15 @@ def test_batches_change_nothing(policy):
             others = [j for j in range(len(pairs)) if j == i or not same[i, j]]
             losses.append((logits[i, crops].logsumexp(0) + logits[others, i].logsumexp(0)) / 2 - logits[i, i])
     assert abs(contrast(policy, pairs)[0] - sum(losses) / len(losses)) < 1e-4
+
+
+def test_patches_as_a_product():
+    policy = Policy(ROOT / "tiny")
+    images = [q.open(region=(0, 0, 96, 96)) for q in world_questions(World(), 0, "cold", 0, 3)]
+    before = policy.encode_images(images)
+    embed_by_product(policy.model.model.visual)
+    for a, b in zip(before, policy.encode_images(images)):
+        assert torch.allclose(a.features[0], b.features[0], atol=1e-4) and a.features[0].abs().max() > 1
 
 
 def test_guesses_read_the_options(policy):
