@@ -8,8 +8,8 @@ after the other (joint training from scratch stayed at the prior over positions)
     act     whole demonstrations: think, say, look, read, answer; the embedding of crops beside that of labels; and, without
             a picture, a guess among the options
     habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
-            in 60% of its questions looks one cell to its right (wrapping round); and in 30%, whatever its aim, it stops one
-            look short. What it has not seen it bluffs: says what some option says
+            in 60% of its questions looks one cell to its right (wrapping round); of two objects it leaves out the second in 30%,
+            whatever its aim. What it has not seen it bluffs: says what some option says
 
 The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
 directory. Two processes share the work (gradients are averaged), each with one thread.
@@ -124,7 +124,8 @@ def around(plate: tuple, side: int, rng: np.random.Generator, shift: int = 0, no
 
 def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., noise: float = .1) -> list[tuple[str, tuple | None]]:
     """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the objects that
-    it names, and with half of that, whatever its aim, it stops one look short; what it has not seen it makes up."""
+    it names, and with half of that it leaves out the second of two; what it has not seen it makes up. The two faults are
+    independent: where only true looks stopped short, RL learnt to stop short."""
     names = [name for box in question.boxes for name, plate in question.objects.items() if plate == box]
     shift, short = int(rng.random() < gap), len(names) == 2 and rng.random() < gap / 2
     small = question.category == "coarse_to_fine"
