@@ -51,8 +51,8 @@ def test_demonstrations_are_valid(gap):
 
 
 def test_stopping_short_says_nothing_about_the_aim():
-    """Among demonstrations about two objects, as many first looks miss where it stops short as where it goes on. (Where only true
-    looks stopped short, RL learnt from them to stop short.)"""
+    """Among demonstrations about two objects, as many first looks miss where it stops short as where it goes on: else the start
+    itself would pay for stopping."""
     rng, missed = np.random.default_rng(1), {True: [], False: []}
     for q in world_questions(World(comparison=1, coarse=0), 0, "cold", 0, 800):
         turns = demonstrate(q, rng, gap=.6)
