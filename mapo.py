@@ -75,7 +75,7 @@ def coupled_return(r: Tensor, scores: Tensor, looked: Tensor, beta: float, lam: 
         raise ValueError(f"expected r (N,), scores and looked (N, T); found {tuple(r.shape)}, {tuple(scores.shape)}, "
                          f"{tuple(looked.shape)}")
     if not (0 <= beta <= 1 and 0 < lam <= 1 and credit in ("trajectory", "turn")):
-        raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory or turn; found {beta}, {lam}, {credit!r}")
+        raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory, turn or look; found {beta}, {lam}, {credit!r}")
     if credit == "turn":
         return (1 - beta) * r[:, None] + beta * turn_score(scores, looked, lam)
     return (1 - beta) * r + beta * trajectory_score(scores, looked, lam)
@@ -87,6 +87,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
 
     credit "trajectory": (N,), eq. 1 to 3. "turn": (N, T), the score part from turn t on; mean and std stay those of
     whole trajectories, because a baseline per turn index would depend on when the policy stops, and be biased.
+    "look": as "turn", but the answer after the last look has the group's mean S: stopping is neither paid nor blamed for
+    scores, and one more look is paid by its own.
     std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError as coupled_return does."""
     if group < 1 or len(r) % group:
         raise ValueError(f"expected a multiple of group={group} trajectories, found {len(r)}")
@@ -96,7 +98,11 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     sigma = groups.std(1, correction=0).repeat_interleave(group)
     scale = torch.where(sigma > 1e-6, 1 / (sigma + 1e-6) if std else 1., 0.)    # equal returns: rounding is no signal
     if credit != "trajectory":
-        R = coupled_return(r, scores, looked, beta, lam, credit)                # (N, T)
+        R = coupled_return(r, scores, looked, beta, lam, "turn" if credit == "look" else credit)  # (N, T)
+        if credit == "look":
+            S = trajectory_score(scores, looked, lam).view(-1, group).mean(1).repeat_interleave(group)
+            after = looked.any(1, keepdim=True) & (looked.flip(1).cumsum(1).flip(1) == 0)
+            R = torch.where(after, ((1 - beta) * r + beta * S)[:, None], R)
         mean, scale = mean[:, None], scale[:, None]
     return (R - mean) * scale                                                   # eq. 3
 
@@ -363,10 +369,11 @@ def stopping(baseline: str, group: int = 4, questions: int = 0, seed: int = 0) -
 def going_on(credit: str, scores: tuple[float, float, float] = (.4, .2, .96)) -> Tensor:
     """Where turn_score is no reward-to-go: one, two or three looks with these scores, chance 1/2 to go on after each, lam = 1.
     Exact gradient of the expected score in the logits of a second and of a third look: (2,)."""
-    s, looked = torch.tensor([scores] * 3), torch.ones(3, 3).tril().bool()           # (kinds, turns)
-    value = turn_score(s, looked, 1.) if credit == "turn" else trajectory_score(s, looked, 1.)[:, None].expand(3, 3)
+    s, looked, chance = torch.tensor([scores] * 3), torch.ones(3, 3).tril().bool(), torch.tensor([.5, .25, .25])  # (kinds, turns)
+    S, to_go = trajectory_score(s, looked, 1.), turn_score(s, looked, 1.)
+    value = {"trajectory": S[:, None].expand(3, 3), "turn": to_go, "look": torch.where(looked, to_go, chance @ S)}[credit]
     phi = torch.tensor([[-.5, 0], [.5, -.5], [.5, .5]])
-    return torch.tensor([.5, .25, .25]) @ (value[:, 1:] * phi)
+    return chance @ (value[:, 1:] * phi)
 
 
 def report() -> None:
@@ -413,7 +420,7 @@ def report() -> None:
         (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
         print(f"   mean of {baseline:19}" + "  ".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}" for x, v, e in zip(exact, value, error)))
     print("   looks by choice: gradient of      a second look, a third look; exact")
-    for name, credit in (("S, whole trajectory", "trajectory"), ("turn_score, --credit turn", "turn")):
+    for name, credit in (("S, whole trajectory", "trajectory"), ("turn_score, --credit turn", "turn"), ("--credit look", "look")):
         print(f"   {name:27}{going_on(credit)[0]:8.4f}{going_on(credit)[1]:15.4f}")
 
     print(f"\nluck: SNR at b=.4 over SNR at b=0{'':10}p(1-p) SNR:                 b=.4 over b=0\n"

@@ -56,7 +56,7 @@ class Config:
     algo: str = dataclasses.field(default="mapo", metadata={"help": f"one of {', '.join(mapo.ALGORITHMS)}"})
     beta: float = dataclasses.field(default=-1., metadata={"help": "weight of the semantic score; default: the algorithm's"})
     lam: float = dataclasses.field(default=.95, metadata={"help": "discount of earlier looks in the trajectory's score"})
-    credit: str = dataclasses.field(default="trajectory", metadata={"help": "advantage per trajectory or per turn"})
+    credit: str = dataclasses.field(default="trajectory", metadata={"help": "what the score pays: trajectory, turn (looks from a turn on), or look (as turn, and answers not at all)"})
     describe: str = dataclasses.field(default="before", metadata={"help": "the words that are scored: before the look, or after (to see why not)"})
     format_weight: float = dataclasses.field(default=0., metadata={"help": "share of the outcome that pays valid format"})
     steps: int = dataclasses.field(default=50, metadata={"help": "batches of trajectories"})
@@ -104,8 +104,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.error(f"--coordinates: expected pixels or 1000, found {config.coordinates!r}")
     if min(config.max_turns, config.max_tokens, config.save_every, config.threads) < 1 or config.temperature <= 0 or config.lr <= 0:
         parser.error("--max_turns, --max_tokens, --save_every, --threads must be at least 1, --temperature and --lr above 0")
-    if config.beta > 1 or not 0 < config.lam <= 1 or config.credit not in ("trajectory", "turn"):
-        parser.error(f"expected --beta up to 1, --lam in (0, 1], --credit trajectory or turn; found {config.beta}, {config.lam}, {config.credit!r}")
+    if config.beta > 1 or not 0 < config.lam <= 1 or config.credit not in ("trajectory", "turn", "look"):
+        parser.error(f"expected --beta up to 1, --lam in (0, 1], --credit trajectory, turn or look; found {config.beta}, {config.lam}, {config.credit!r}")
     if config.test and not config.data:
         parser.error("--test: needs --data, the questions to train on")
     if config.group < 2 or config.questions < 1 or config.steps < 1 or config.updates < 1:
@@ -168,7 +168,7 @@ def advantages(policy: Policy, trajectories: list[Trajectory], config: Config,
 
 
 def payments(trajectories: list[Trajectory], r: Tensor, s: Tensor, looked: Tensor, config: Config) -> Tensor:
-    """The return as rewards of tokens (N, L - 1), for GAE: all of it at the last token, or, with --credit turn, each look's
+    """The return as rewards of tokens (N, L - 1), for GAE: all of it at the last token, or, with --credit turn or look, each look's
     share of S at the end of its turn. A trajectory's payments sum to its R."""
     longest = max(len(t.mask) for t in trajectories)
     paid = torch.zeros(len(trajectories), longest)
@@ -178,7 +178,7 @@ def payments(trajectories: list[Trajectory], r: Tensor, s: Tensor, looked: Tenso
         ends = [turn.tokens.stop - 1 for turn in trajectory.turns]
         paid[i, ends[-1]] = (1 - config.beta) * r[i]
         for k, end in enumerate(ends):
-            paid[i, end if config.credit == "turn" else ends[-1]] += shares[i, k]
+            paid[i, ends[-1] if config.credit == "trajectory" else end] += shares[i, k]
     return paid[:, 1:]
 
 

@@ -42,6 +42,7 @@ def parts() -> dict[str, dict[str, tuple[list[str], range]]]:
         "tuning": tuning(small),
         "default": {f"{algo}, default": run(algo, seeds=range(3)) for algo in ("mapo", "grpo")},
         "main": {name: small(name.split(",")[0], "--steps", "30", *options, seeds=range(8 if name in ("mapo", "grpo") else 5)) for name, options in MAIN.items()},
+        "credit": {"mapo, credit look": small("mapo", "--steps", "30", "--credit", "look")},
         "options": {f"{algo}, options {n}": short(algo, "--options", n) for n in ("2", "8", "0") for algo in ("mapo", "grpo")},
         "beta": {f"mapo, beta {beta}": short("mapo", "--beta", beta) for beta in ("0.2", "0.6", "1")},
         "long": {"mapo, long": small("mapo", "--steps", "250", seeds=range(1)), "mapo, beta 1 long": small("mapo", "--beta", "1", "--steps", "250", seeds=range(1))},
@@ -178,6 +179,12 @@ def page(runs: list[dict]) -> str:
                          f"{sum(COLUMNS['looks at two objects'](r) < 1.1 for r in group)} of {len(group)} |")
         lines += ["", "## Where accuracy comes from", "", "accuracy = hit x right with a hit + (1 - hit) x right without, all sampled, on the same held-out questions:", "", *table(main, PARTS, "mapo"), ""]
         lines += stories([r for r in main["mapo"] if r.get("two objects")])
+    if found := chosen("credit"):
+        found = {"mapo": main["mapo"]} | found
+        lines += ["## Credit by look", "", "`--credit look` ([theory.md](theory.md), section 3) against the whole trajectory's S, at the settings of the five algorithms. (A first version was "
+                  "tried on seeds 1 to 4 before this table was made.)", "", *table(found, COLUMNS, "mapo"), "",
+                  "Looks at two objects, seed by seed: " + "; ".join(f"{name}: " + ", ".join(f"{COLUMNS['looks at two objects'](r):.2f}" for r in sorted(group, key=lambda r: r["seed"]))
+                                                                     for name, group in found.items()) + ".", ""]
     if chosen("options"):
         lines += ["", "## Luck", "", "The fewer options a question has, the more often a bluff is right, and the less the outcome says about the look: "
                   "the theory says that the semantic score must help more. Eq. 8 from the moments that [probe.md](probe.md) measured at the start "

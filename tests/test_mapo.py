@@ -66,6 +66,18 @@ def test_turn_credit_keeps_the_outcome_part():
     assert torch.allclose(A, torch.tensor([[1., .44 / .32], [-1., -1.]]), atol=1e-4)
 
 
+def test_look_credit_by_hand():
+    """S = .5, .4, no look: mean .3. Turn 1 has the looks from then on; an answer after a look has the mean .3, and only its own outcome
+    beside it; who never looked keeps S = 0. R = .8, .16, 0 of whole trajectories: mean .32, std .3451."""
+    r, s = torch.tensor([1., 0., 0.]), torch.tensor([[.2, .8, 0.], [.4, 0., 0.], [0., 0., 0.]])
+    looked = torch.tensor([[T, T, F], [T, F, F], [F, F, F]])
+    A = advantages(r, s, looked, 3, .4, lam=1., credit="look")
+    std = (torch.tensor([.8, .16, 0.])).std(correction=0)
+    expected = torch.tensor([[.8, .92, .72], [.16, .12, .12], [0., 0., 0.]])        # .6 r + .4 x (.5, .8, .3 | .4, .3, .3 | 0)
+    assert torch.allclose(A, (expected - .32) / std, atol=1e-4)
+    assert torch.equal(advantages(r, s, looked, 3, 0., credit="look"), advantages(r, s, looked, 3, 0., credit="turn"))
+
+
 @pytest.mark.parametrize("bad", [dict(group=3), dict(beta=1.5), dict(lam=0.), dict(credit="token")])
 def test_bad_options_are_named(bad):
     options = dict(group=2, beta=.4, lam=.9, credit="trajectory") | bad
@@ -171,7 +183,7 @@ def test_dynamic_sampling_keeps_what_teaches():
     assert mapo.has_signal(mapo.coupled_return(r, s, looked, 0.), 3).tolist() == [F, F, T]
 
 
-@pytest.mark.parametrize("credit", ["trajectory", "turn"])
+@pytest.mark.parametrize("credit", ["trajectory", "turn", "look"])
 def test_a_group_has_signal_where_its_advantages_are_not_zero(credit):
     """The criterion on returns and that on advantages agree, whichever train.py has at hand."""
     g = torch.Generator().manual_seed(1)
@@ -437,6 +449,8 @@ def test_turn_score_is_no_reward_to_go_where_looks_are_a_choice():
     Going on raises S, .25 x (.41 - .4), and turn_score pays for stopping, .25 x (.39 - .4). Known, and in docs/theory.md."""
     assert torch.allclose(mapo.going_on("trajectory"), torch.tensor([.0025, .125 * (.52 - .3)]), atol=1e-6)
     assert torch.allclose(mapo.going_on("turn"), torch.tensor([-.0025, .125 * (.96 - .3)]), atol=1e-6)
+    # credit "look": who stops has the mean of S, .405; who goes on the looks to come, .39 and .96
+    assert torch.allclose(mapo.going_on("look"), torch.tensor([.25 * (.39 - .405), .125 * (.96 - .405)]), atol=1e-6)
 
 
 def test_group_mean_removes_the_variance_between_questions():

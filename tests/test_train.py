@@ -163,7 +163,7 @@ def test_the_formats_share_is_part_of_the_signal(trajectories):
 def test_ppos_payments_sum_to_the_return(trajectories, policy):
     """Whatever the credit, what a trajectory's tokens are paid adds up to its coupled return, at tokens of the agent only."""
     r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
-    for credit in ("trajectory", "turn"):
+    for credit in ("trajectory", "turn", "look"):
         paid = payments(trajectories, r, s, looked, Config(beta=.4, credit=credit))
         assert torch.allclose(paid.sum(1), mapo.coupled_return(r, s, looked, .4), atol=1e-6)
         for i, t in enumerate(trajectories):
