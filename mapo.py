@@ -75,7 +75,7 @@ def coupled_return(r: Tensor, scores: Tensor, looked: Tensor, beta: float, lam: 
         raise ValueError(f"expected r (N,), scores and looked (N, T); found {tuple(r.shape)}, {tuple(scores.shape)}, "
                          f"{tuple(looked.shape)}")
     if not (0 <= beta <= 1 and 0 < lam <= 1 and credit in ("trajectory", "turn")):
-        raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory, turn or look; found {beta}, {lam}, {credit!r}")
+        raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory or turn (in advantages also look); found {beta}, {lam}, {credit!r}")
     if credit == "turn":
         return (1 - beta) * r[:, None] + beta * turn_score(scores, looked, lam)
     return (1 - beta) * r + beta * trajectory_score(scores, looked, lam)
@@ -87,8 +87,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
 
     credit "trajectory": (N,), eq. 1 to 3. "turn": (N, T), the score part from turn t on; mean and std stay those of
     whole trajectories, because a baseline per turn index would depend on when the policy stops, and be biased.
-    "look": as "turn", but the answer after the last look has the group's mean S: stopping is neither paid nor blamed for
-    scores, and one more look is paid by its own.
+    "look": as "turn", but an answer after a look has the group's mean S, which the baseline takes away again: the score says
+    nothing of stopping, and of going on only whether the looks to come beat that mean.
     std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError as coupled_return does."""
     if group < 1 or len(r) % group:
         raise ValueError(f"expected a multiple of group={group} trajectories, found {len(r)}")
@@ -368,7 +368,7 @@ def stopping(baseline: str, group: int = 4, questions: int = 0, seed: int = 0) -
 
 def going_on(credit: str, scores: tuple[float, float, float] = (.4, .2, .96)) -> Tensor:
     """Where turn_score is no reward-to-go: one, two or three looks with these scores, chance 1/2 to go on after each, lam = 1.
-    Exact gradient of the expected score in the logits of a second and of a third look: (2,)."""
+    Expected update by the score, exact, of the logits of a second and of a third look (2,): for "trajectory" the gradient of E[S]."""
     s, looked, chance = torch.tensor([scores] * 3), torch.ones(3, 3).tril().bool(), torch.tensor([.5, .25, .25])  # (kinds, turns)
     S, to_go = trajectory_score(s, looked, 1.), turn_score(s, looked, 1.)
     value = {"trajectory": S[:, None].expand(3, 3), "turn": to_go, "look": torch.where(looked, to_go, chance @ S)}[credit]

@@ -125,7 +125,7 @@ def around(plate: tuple, side: int, rng: np.random.Generator, shift: int = 0, no
 def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., noise: float = .1) -> list[tuple[str, tuple | None]]:
     """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the objects that
     it names, and with half of that it leaves out the second of two; what it has not seen it makes up. The two faults are
-    independent, so that a true first look says nothing about a second."""
+    independent, so that a true first look says nothing about whether a second follows."""
     names = [name for box in question.boxes for name, plate in question.objects.items() if plate == box]
     shift, short = int(rng.random() < gap), len(names) == 2 and rng.random() < gap / 2
     small = question.category == "coarse_to_fine"

@@ -56,7 +56,7 @@ class Config:
     algo: str = dataclasses.field(default="mapo", metadata={"help": f"one of {', '.join(mapo.ALGORITHMS)}"})
     beta: float = dataclasses.field(default=-1., metadata={"help": "weight of the semantic score; default: the algorithm's"})
     lam: float = dataclasses.field(default=.95, metadata={"help": "discount of earlier looks in the trajectory's score"})
-    credit: str = dataclasses.field(default="trajectory", metadata={"help": "what the score pays: trajectory, turn (looks from a turn on), or look (as turn, and answers not at all)"})
+    credit: str = dataclasses.field(default="trajectory", metadata={"help": "what the score pays: trajectory, turn (looks from a turn on), or look (as turn, but an answer has the mean score of its group; for ppo the same as turn)"})
     describe: str = dataclasses.field(default="before", metadata={"help": "the words that are scored: before the look, or after (to see why not)"})
     format_weight: float = dataclasses.field(default=0., metadata={"help": "share of the outcome that pays valid format"})
     steps: int = dataclasses.field(default=50, metadata={"help": "batches of trajectories"})

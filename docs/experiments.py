@@ -27,8 +27,7 @@ ALGORITHMS = ("mapo", "grpo", "dapo", "gspo", "ppo")
 MAIN = {"mapo": (), "grpo": (), "dapo": (), "gspo, tuned": ("--clip", "10"), "ppo, tuned": ("--clip", "0.5", "--critic_lr", "3e-3")}
 FINALISTS = ("mapo, lr 1e-4", "mapo, lr 1.5e-4", "mapo, clip x 0.5", "grpo, lr 1e-4", "grpo, lr 1.5e-4", "grpo, clip x 0.5", "dapo, lr 1.5e-4",
              "dapo, clip x 0.5", "gspo, lr 1.5e-4", "gspo, clip x 10", "ppo, lr 1.5e-4", "ppo, clip x 0.5", "ppo, critic lr 3e-3", "ppo, clip x 0.5, critic lr 3e-3")
-NOTES = {"long": ["250 steps of 8 x 8, five times the default number. `beta 1` is the score alone: it ends with the smallest gap, one look and hardly a right answer, "
-                  "because nothing pays for the second look or for answering. `docs/long.png` has the curves.", ""],
+NOTES = {"long": ["250 steps of 8 x 8, five times the default number. `beta 1` is the score alone. `docs/long.png` has the curves.", ""],
          "variants": ["`describe after` scores the words that follow the look, which can always be true; `2 turns` allow one look, `6 turns` five.", ""]}
 SHORT, LEVEL = 20, .45  # steps of the runs that compare learning speed, and an accuracy on the way
 
@@ -145,9 +144,10 @@ def table(runs: dict[str, list[dict]], columns: dict, base: str | None = None) -
             pairs = [(other[r["seed"]], r) for r in group if r["seed"] in other]
             cells = []
             for f in columns.values():
-                text = mean_interval([f(a) - f(b) for a, b in pairs if None not in (f(a), f(b))])
+                values = [f(a) - f(b) for a, b in pairs if None not in (f(a), f(b))]
+                text = mean_interval(values)
                 mean, half = (float(x) for x in text.split(" ± ")) if " ± " in text else (0., 0.)
-                cells.append(f"**{text}**" if abs(mean) > half else text)
+                cells.append(f"{text} ({len(values)} pairs)" if len(values) < len(pairs) else f"**{text}**" if abs(mean) > half else text)
             lines.append(f"| {base} - {name}, paired | {len(pairs)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -155,10 +155,11 @@ def table(runs: dict[str, list[dict]], columns: dict, base: str | None = None) -
 def page(runs: list[dict]) -> str:
     by_name: dict[str, list[dict]] = {}
     for run in runs:
-        by_name.setdefault(run["name"], []).append(run)
+        if run["start"] == START or run["name"] in parts()["tuning"]:
+            by_name.setdefault(run["name"], []).append(run)
     chosen = lambda part: {name: by_name[name] for name in parts()[part] if name in by_name}
     lines = [__doc__.split("Run it")[0].strip(), "", "`python docs/experiments.py` made this page; every run's options, curves and results are in "
-             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start and held-out questions (200) "
+             "[experiments.jsonl](experiments.jsonl), `python docs/plot.py` draws them. Start (but for the tuning's) and held-out questions (200) "
              "are the same in all; ± is the 95% interval of the mean over seeds (Student's t), bold where a paired difference's excludes zero. "
              "*Looks at two objects*: calls on the questions about two, which need two; *both seen*: their hit (both sampled).", ""]
     if found := chosen("tuning"):
@@ -179,7 +180,7 @@ def page(runs: list[dict]) -> str:
                          f"{sum(COLUMNS['looks at two objects'](r) < 1.1 for r in group)} of {len(group)} |")
         lines += ["", "## Where accuracy comes from", "", "accuracy = hit x right with a hit + (1 - hit) x right without, all sampled, on the same held-out questions:", "", *table(main, PARTS, "mapo"), ""]
         lines += stories([r for r in main["mapo"] if r.get("two objects")])
-    if found := chosen("credit"):
+    if (found := chosen("credit")) and main:
         found = {"mapo": main["mapo"]} | found
         lines += ["## Credit by look", "", "`--credit look` ([theory.md](theory.md), section 3) against the whole trajectory's S, at the settings of the five algorithms. (A first version was "
                   "tried on seeds 1 to 4 before this table was made.)", "", *table(found, COLUMNS, "mapo"), "",

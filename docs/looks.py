@@ -1,8 +1,8 @@
-"""What a second look is paid, before any training: why it is unlearnt so easily.
+"""What a second look is paid, before any training.
 
 What it teaches: a policy gradient compares what the policy does *now*. Questions about two objects need two true looks and a right
 reading of both; as long as a second look mostly misses, it lowers the mean score S of a true first one, and hardly raises the outcome r.
-The table sorts sampled trajectories by the looks they made and by which of these held what their label names.
+The table sorts sampled trajectories by the looks they made and by which of these held what their label names (fewer than ten: not shown).
 
 Run it:  python docs/looks.py                     # of tiny/; 20 s
          python docs/looks.py --model runs/mapo   # of a trained one
@@ -40,6 +40,6 @@ if __name__ == "__main__":
         if looks and looks[0] == "true":
             found["true first look, then " + ("no other" if len(looks) == 1 else "others")].append(i)
     print(f"{'looks':34} share      r      S    R = 0.6 r + 0.4 S")
-    for name, rows in sorted(found.items(), key=lambda item: (len(item[0].split(",")) + 9 * ("first" in item[0]), item[0])):
+    for name, rows in sorted(found.items(), key=lambda item: ("first" in item[0], item[0].count(","), item[0])):  # sums of others come last
         if len(rows) >= 10:
             print(f"{name:34} {len(rows) / len(trajectories):5.2f}  " + "  ".join(f"{x[rows].float().mean():5.2f}" for x in (r, S, R)))
