@@ -4,7 +4,7 @@ What it teaches: a policy gradient compares what the policy does *now*. Question
 reading of both; as long as a second look mostly misses, it lowers the mean score S of a true first one, and hardly raises the outcome r.
 The table sorts sampled trajectories by the looks they made and by which of these held what their label names (fewer than ten: not shown).
 
-Run it:  python docs/looks.py                     # of tiny/; 20 s
+Run it:  python docs/looks.py                     # of tiny/; 30 s
          python docs/looks.py --model runs/mapo   # of a trained one
 """
 import argparse
