@@ -45,10 +45,15 @@ ALGORITHMS = {
 }
 
 
+def looks_left(looked: Tensor) -> Tensor:
+    """looked (N, T) -> (N, T), the number of looks from turn t on."""
+    return looked.flip(1).cumsum(1).flip(1)
+
+
 def look_weights(looked: Tensor, lam: float) -> Tensor:
     """lam^(T - t) of eq. 1, 0 for turns without a look: looked (N, T) -> (N, T). `T - t` counts the looks that follow."""
     looked = looked * 1.
-    later = looked.flip(1).cumsum(1).flip(1) - looked          # (N, T) looks after this one
+    later = looks_left(looked) - looked                        # (N, T) looks after this one
     return lam ** later * looked
 
 
@@ -62,8 +67,7 @@ def turn_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
     """Credit per turn: (N, T), eq. 1 over the looks from turn t on (a score earned before an action does not depend
     on it). A turn with no look left, such as the answer, gets the whole trajectory's S."""
     rest = [trajectory_score(scores[:, t:], looked[:, t:], lam) for t in range(scores.shape[1])]
-    left = looked.flip(1).cumsum(1).flip(1) > 0
-    return torch.where(left, torch.stack(rest, 1), trajectory_score(scores, looked, lam)[:, None])
+    return torch.where(looks_left(looked) > 0, torch.stack(rest, 1), trajectory_score(scores, looked, lam)[:, None])
 
 
 def coupled_return(r: Tensor, scores: Tensor, looked: Tensor, beta: float, lam: float = 0.95,
@@ -101,7 +105,7 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
         R = coupled_return(r, scores, looked, beta, lam, "turn" if credit == "look" else credit)  # (N, T)
         if credit == "look":
             S = trajectory_score(scores, looked, lam).view(-1, group).mean(1).repeat_interleave(group)
-            after = looked.any(1, keepdim=True) & (looked.flip(1).cumsum(1).flip(1) == 0)
+            after = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
             R = torch.where(after, ((1 - beta) * r + beta * S)[:, None], R)
         mean, scale = mean[:, None], scale[:, None]
     return (R - mean) * scale                                                   # eq. 3

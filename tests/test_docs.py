@@ -74,6 +74,6 @@ def test_without_contrast_a_score_is_the_cosine(policy, trajectories):
 
 
 def test_every_script_shows_its_help():
-    for script in ("vague", "experiments", "probe", "bench"):
+    for script in ("vague", "experiments", "probe", "bench", "looks"):
         done = subprocess.run([sys.executable, f"docs/{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout
