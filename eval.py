@@ -24,12 +24,14 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-import benchmarks
-import shard
-from data import DataError, Question, World, world_questions
-from policy import Policy, Tokens
+from lib import benchmarks
+from lib import shard
+from lib.data import DataError, Question
+from tiny.world import World, world_questions
+from lib.policy import Policy, Tokens
 from reward import Scorer, answerable, measure, outcome, score
-from rollout import Trajectory, Turn, collect, film_strip, stack
+from rollout import Trajectory, Turn, collect
+from show import film_strip, stack
 from tools import MAX_ANSWER_CHARS, Call, zoom
 
 COLUMNS = ("accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic")

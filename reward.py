@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import DataError, Question, World, holds, shows, world_questions
-from policy import Policy, Tokens, distinct
+from lib.data import DataError, Question, holds, shows
+from tiny.world import World, world_questions
+from lib.policy import Policy, Tokens, distinct
 from rollout import Trajectory, Turn
 from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, Call, fit, zoom
 

@@ -234,7 +234,7 @@ def zoom(image: Image.Image, call: Call, seen: tuple[int, int], resolution: Reso
 
 
 if __name__ == "__main__":
-    from data import World, world_question
+    from tiny.world import World, world_question
     question = world_question(World(), seed=0, split="test", index=4)
     image, resolution = question.open(), Resolution(factor=24, min_pixels=48 * 48, max_pixels=96 * 96)
     seen = resolution.size(*image.size)

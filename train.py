@@ -40,12 +40,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mapo
-import shard
-from data import DataError, Question, World, read_jsonl, world_questions
+from lib import shard
+from lib.data import DataError, Question, read_jsonl
+from tiny.world import World, world_questions
 from eval import differences, evaluate, record, summary, table, wilson
-from policy import Policy
+from lib.policy import Policy
 from reward import Scorer, answerable, format_reward, measure, rewards, score
-from rollout import Trajectory, collect, film_strip, stack
+from rollout import Trajectory, collect
+from show import film_strip, stack
 
 
 @dataclass

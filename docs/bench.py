@@ -43,16 +43,17 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import data
+from lib import data
 import mapo
 import reward
 import rollout
 import train
-from data import World, world_questions
-from policy import Policy, Session, Tokens
+from tiny.world import World, world_questions
+from lib.policy import Policy, Tokens
+from lib.sampler import Session
 from reward import Scorer, score
 from rollout import Trajectory, Turn, act, collect, extend
-from shard import ShardedAdamW
+from lib.shard import ShardedAdamW
 from tools import Resolution, fit
 
 MICRO = train.Config.micro_tokens

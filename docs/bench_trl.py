@@ -28,7 +28,7 @@ from transformers.processing_utils import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template
 
-from data import World, world_questions
+from tiny.world import World, world_questions
 from reward import outcome
 from tools import Answer, Resolution, ToolError, fit, parse, parse_call, zoom
 

@@ -17,8 +17,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import mapo
-from data import World, world_questions
-from policy import Policy
+from tiny.world import World, world_questions
+from lib.policy import Policy
 from reward import Scorer, astray, rewards, score
 from rollout import collect
 

@@ -64,8 +64,8 @@ def step(folder: str, trajectories: int, micro_tokens: int, recompute: bool, out
     """One rank's step. Writes its numbers to `out`-rank."""
     import torch
     import mapo
-    import shard
-    from policy import Policy, Tokens
+    from lib import shard
+    from lib.policy import Policy, Tokens
     from rollout import Trajectory
     from train import Config, accumulate
     shard.setup(timeout=120)

@@ -48,9 +48,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import mapo
-from data import World, world_questions
-from mapo import ALGORITHMS, Looking
-from policy import Policy
+from tiny.world import World, world_questions
+from mapo import ALGORITHMS
+from theory import Looking
+from lib.policy import Policy
 from reward import Scorer, grounded, measure, rewards, score
 from rollout import Trajectory, collect
 from train import Config, advantages, pad

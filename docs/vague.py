@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 
 import reward
-import tiny
+from tiny import build as tiny
 import tools
 import train
 from experiments import mean_interval
-from policy import Policy, Tokens
+from lib.policy import Policy, Tokens
 
 RUNS, RESULTS = ROOT / "runs/vague", ROOT / "docs/vague.jsonl"
 VAGUE, ARMS, SEEDS, STEPS = "the object", ("cosine", "contrast", "refused"), range(3), 40

@@ -15,13 +15,13 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def policy():
     """The committed agent. Tests that change weights load their own."""
-    from policy import Policy
+    from lib.policy import Policy
     return Policy(ROOT / "tiny")
 
 
 @pytest.fixture(scope="session")
 def questions():
-    from data import World, world_questions
+    from tiny.world import World, world_questions
     return world_questions(World(), seed=0, split="test", start=0, count=6)
 
 
@@ -72,10 +72,10 @@ def learn_to_speak(folder: Path, vocabulary: int, steps: int = 120) -> None:
     """Imitate conversations at random: none to two looks at random boxes, a random option. Otherwise no turn of a random model
     ends, looks or is right, and nothing that follows would be tested."""
     import random
-    from data import World, world_questions
-    from policy import Policy
+    from tiny.world import World, world_questions
+    from lib.policy import Policy
     from tools import fit
-    from tiny import call_text
+    from tiny.build import call_text
     policy, dice = Policy(folder), random.Random(0)
     qs = world_questions(World(), 0, "train", 0, 4)
     images = policy.encode_images([fit(q.open(), policy.resolution) for q in qs])

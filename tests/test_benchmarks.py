@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import chosen, correct, load, scores, shuffled
-from data import DataError, Question
+from lib.benchmarks import chosen, correct, load, scores, shuffled
+from lib.data import DataError, Question
 
 
 def picture(colour=(200, 30, 30), size=(12, 9), kind="PNG") -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (BLOCK, CANVAS, COLOURS, DARK, LIGHT, MARKS, SHAPES, DataError, Question, Thing, World, coverage, draw, draw_overview,
-                  holds, mark_pixels, read_jsonl, shows, world_question, world_questions, write_jsonl)
+from lib.data import DataError, Question, coverage, holds, read_jsonl, shows, write_jsonl
+from tiny.world import BLOCK, CANVAS, COLOURS, DARK, LIGHT, MARKS, SHAPES, Thing, World, draw, draw_overview, mark_pixels, world_question, world_questions
 from tools import Call, Resolution, fit, to_original, zoom
 
 RESOLUTION, SEEN = Resolution(24, 48 * 48, 96 * 96), (96, 96)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import World, world_questions
+from tiny.world import World, world_questions
 
 sys.path.insert(0, str(ROOT / "docs"))
 import bench
@@ -57,7 +57,7 @@ def test_intervals_by_hand():
 
 def test_the_vague_demonstrator(policy):
     """About half of its labels are "the object"; names and boxes stay; tiny.py's own demonstrator is left as it was."""
-    import tiny
+    from tiny import build as tiny
     samples, pairs = vague.Vague(policy, 7, 0, 1).demonstrations(40, gap=.7)
     labels = [label for tokens, _ in samples for label in re.findall(r'"label": "(.*?)"', policy.decode(tokens.ids))]
     assert .35 < np.mean([label == vague.VAGUE for label in labels]) < .65 and len(labels) > 40

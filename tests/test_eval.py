@@ -11,11 +11,13 @@ import pytest
 from PIL import ImageChops
 
 import eval as evaluation
-from data import World, world_questions, write_jsonl
+from lib.data import write_jsonl
+from tiny.world import World, world_questions
 from eval import accept_plain, evaluate, histogram, record, restore, summary, table, wilson
-from policy import Policy, Tokens
+from lib.policy import Policy, Tokens
 from reward import measure
-from rollout import Trajectory, Turn, film_strip
+from rollout import Trajectory, Turn
+from show import film_strip
 from tests.test_benchmarks import HR, MME, VSTAR, save
 from tools import system_prompt, zoom
 

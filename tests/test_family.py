@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import mapo
-import policy as policy_module
-import shard
+from lib import policy as policy_module
+from lib import shard
 import tools
 import train as training
 from conftest import FAMILY, ROOT
-from data import World, world_questions, write_jsonl
-from policy import Policy, Tokens
+from lib.data import write_jsonl
+from tiny.world import World, world_questions
+from lib.policy import Policy, Tokens
 from reward import Scorer, score
 from rollout import Trajectory, Turn, act, collect
-from shard import ShardedAdamW, launch, rank, world
+from lib.shard import ShardedAdamW, launch, rank, world
 from tests.test_eval import files  # noqa: F401, a fixture: a file of each benchmark
 from tools import fit
 from train import Config, Questions, accumulate, load_checkpoint, spread, train

@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 import plan
-import shard
+from lib import shard
 from conftest import FAMILY, ROOT
-from policy import Policy, Session
+from lib.policy import Policy
+from lib.sampler import Session
 from tools import fit
 from train import Config
 
@@ -22,8 +23,8 @@ ROWS, PROMPT, TOTAL = 4, 300, 600
 MEASURE = f"""
 import re, sys, torch
 from pathlib import Path
-from policy import Policy, Tokens
-import shard
+from lib.policy import Policy, Tokens
+from lib import shard
 torch.set_num_threads(1)
 policy = Policy(sys.argv[1])
 policy.model.requires_grad_(False)

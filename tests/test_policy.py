@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
-from policy import Policy, Session, TokenLogprobs, Tokens, draw, mrope_positions
+from lib.policy import Policy, TokenLogprobs, Tokens, mrope_positions
+from lib.sampler import Session, draw
 from rollout import collect
 from tools import fit
 

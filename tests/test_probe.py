@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import mapo
-import shard
+from lib import shard
 from conftest import ROOT
-from data import World, world_questions
-from policy import Policy
+from tiny.world import World, world_questions
+from lib.policy import Policy
 from reward import Scorer, score
 from train import Config, accumulate, advantages
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, Question, World, holds, world_questions
+from lib.data import DataError, Question, holds
+from tiny.world import World, world_questions
 from reward import Scorer, answerable, area_under_curve, astray, choose, grounded, measure, outcome, score
 from rollout import Trajectory, Turn
 from tools import MAX_ANSWER_CHARS, Call, zoom
-from policy import Tokens
+from lib.policy import Tokens
 
 
 @pytest.fixture(scope="module")

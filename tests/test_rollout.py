@@ -2,8 +2,9 @@
 import torch
 from PIL import Image
 
-from data import Question
-from rollout import collect, film_strip, stack, transcript
+from lib.data import Question
+from rollout import collect
+from show import film_strip, stack, transcript
 
 
 class Script:
@@ -13,7 +14,7 @@ class Script:
         self.policy, self.turns = policy, turns
 
     def __enter__(self):
-        from policy import Session
+        from lib.sampler import Session
         self.original, turns, policy = Session.sample, iter(self.turns), self.policy
 
         def sample(session, max_tokens, temperature, generator):
@@ -27,7 +28,7 @@ class Script:
         Session.sample = sample
 
     def __exit__(self, *_):
-        from policy import Session
+        from lib.sampler import Session
         Session.sample = self.original
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from shard import (RankFailed, ShardedAdamW, agree, all_sum, cleanup, cut, even, launch, rank, read_shards, setup, squared,
-                   together, world)
+from lib.shard import RankFailed, ShardedAdamW, agree, all_sum, cleanup, cut, even, launch, rank, read_shards, setup, squared, together, world
 
 X, Y = torch.randn(24, 8, generator=torch.Generator().manual_seed(1)).split([5, 3], 1)
 SMALL = 20      # elements: several buckets, some with padding, and a parameter larger than a bucket

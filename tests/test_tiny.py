@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import World, holds, world_questions
+from lib.data import holds
+from tiny.world import World, world_questions
 from eval import evaluate
-from policy import Policy
+from lib.policy import Policy
 from reward import choose, grounded, measure, outcome
-from tiny import Source, contrast, demonstrate, embed_by_product, imitate
+from tiny.build import Source, contrast, demonstrate, embed_by_product, imitate
 from tools import Answer, Call, parse
 
 
@@ -127,7 +128,7 @@ def test_the_start_has_a_gap(policy):
 
 def test_build_a_few_steps(tmp_path):
     """`python tiny.py` runs all four stages from nothing and leaves a directory that loads."""
-    done = subprocess.run([sys.executable, "tiny.py", "--out", str(tmp_path / "t"), "--scale", "0.003"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tiny.build", "--out", str(tmp_path / "t"), "--scale", "0.003"], cwd=ROOT,
                           capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     for stage in ("see", "aim", "act", "habit"):

@@ -9,10 +9,11 @@ import torch
 
 import mapo
 import reward
-import shard
+from lib import shard
 from conftest import ROOT
-from data import World, write_jsonl, world_questions
-from policy import Policy
+from lib.data import write_jsonl
+from tiny.world import World, world_questions
+from lib.policy import Policy
 from reward import Scorer, format_reward, score
 from train import Config, Questions, accumulate, collapse, micro_batches, noise, paid_for, parse_config, payments, spread, train
 

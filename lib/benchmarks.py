@@ -29,7 +29,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from data import DataError, Question, image_opener, read_jsonl
+from lib.data import DataError, Question, image_opener, read_jsonl
 from reward import choose, normalise
 
 MAX_FIELD = 2**29  # characters; the csv module's own limit of 131,072 is shorter than most images

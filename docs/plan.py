@@ -33,8 +33,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import World, read_jsonl, world_questions
-from policy import read_config
+from lib.data import read_jsonl
+from tiny.world import World, world_questions
+from lib.policy import read_config
 from tools import Resolution, system_prompt
 
 TFLOPS, TERABYTES = 100., 1.                            # assumed, sustained, a GPU: a third of an A100's bf16 peak, half of its bandwidth

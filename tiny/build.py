@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import COLOURS, MARKS, SHAPES, Question, World, draw_overview, holds, shows, world_question
-from policy import Policy, Tokens
+from lib.data import Question, holds, shows
+from tiny.world import COLOURS, MARKS, SHAPES, World, draw_overview, world_question
+from lib.policy import Policy, Tokens
 from tools import TOOL_NAME, fit
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
