@@ -1,21 +1,24 @@
-"""Evaluate an agent: accuracy per category with 95% intervals, what it looked at, and film strips to see it.
+"""Evaluate an agent: accuracy per category with 95% intervals, and what the agent looked at.
 
-What it teaches: accuracy alone cannot tell an agent that looks from one that guesses. Beside it stand `hit` (all the
-evidence was shown), `gap` (looks whose crop does not hold what the label names), `lucky` (right answers without a
-hit), the histogram of answers (a model that always says A shows), and `--no_tools`: the same questions without a look.
+What it teaches: accuracy alone cannot tell an agent that looks from one that guesses. Beside it
+stand `hit` (all the evidence was shown), `gap` (looks whose crop does not hold what their label
+names), `lucky` (right answers without a hit) and `semantic` (the mean score of a look). The
+histogram of answers shows a model that always says A.
 
-Run it:  python eval.py --model runs/mapo                       # the embedded world's held-out questions
-         python eval.py --model tiny --data questions.jsonl     # your own; see data.py for the fields
-         python eval.py --model DIR --data VStarBench.tsv --max_turns 6 --max_tokens 512 --device cuda --dtype bfloat16
-         torchrun --nproc-per-node 2 -- eval.py --model DIR --data hr_bench_4k.tsv  # each process asks every second question
+Run it:  python eval.py --model runs/mapo                    # the world's held-out questions; 20 s
+         python eval.py --model tiny --data questions.jsonl  # your own; its fields: lib/data.py
+         python eval.py --model tiny --no_tools              # the same questions without a look
+         python eval.py --model DIR --data VStarBench.tsv --max_turns 6 --max_tokens 512 \\
+             --device cuda --dtype bfloat16                  # a benchmark: lib/benchmarks.py
+         torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches
 
-Predictions are written batch by batch, so that a killed run goes on with `--resume` and ends at the same table.
+Each process appends to its own predictions-<rank>.jsonl. A killed run goes on with `--resume`, with
+any number of processes, and ends at the same table.
 """
 import argparse
-import hashlib
-import itertools
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,17 +27,18 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from lib import benchmarks
-from lib import shard
+from lib import benchmarks, shard
+from lib.checkpoint import append, newest
 from lib.data import DataError, Question
-from tiny.world import World, world_questions
 from lib.policy import Policy, Tokens
-from reward import Scorer, answerable, measure, outcome, score
+from reward import Scorer, answerable, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
 from show import film_strip, stack
-from tools import MAX_ANSWER_CHARS, Call, zoom
+from tiny.world import World, world_questions
+from tools import MAX_ANSWER_CHARS, Call
 
-COLUMNS = ("accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic")
+COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
+FREE = ("n", "batch", "films", "out", "resume", "device")     # settings that a --resume may change
 NO_TOOLS_PROMPT = """You are a careful visual agent.
 
 Think first, then finish with the letter or the text of your answer:
@@ -42,246 +46,303 @@ Think first, then finish with the letter or the text of your answer:
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
-    """95% interval of a share from `right` successes in `n` trials (Wilson 1927)."""
+    """95% interval of a share, from `right` successes in `n` trials (Wilson 1927)."""
     if n == 0:
-        return 0.0, 1.0
+        return 0., 1.
     z, p = 1.959964, right / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max((centre - spread) / (1 + z * z / n), 0.), min((centre + spread) / (1 + z * z / n), 1.)
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max((centre - spread) / scale, 0.), min((centre + spread) / scale, 1.)
 
 
-def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = None, temperature: float = 0.,
-             seed: int = 0, max_turns: int = 4, max_tokens: int = 64, batch: int = 64, quiet: bool = True) -> list[Trajectory]:
-    """One trajectory per question, in order; images are open only while their batch runs. temperature 0 is greedy."""
-    generator, trajectories = torch.Generator(policy.device).manual_seed(seed), []
+def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = None,
+             temperature: float = 0., seed: int = 0, max_turns: int = 4, max_tokens: int = 64,
+             batch: int = 64, quiet: bool = True) -> list[Trajectory]:
+    """One trajectory per question, in order; temperature 0 is greedy. Images are open only while
+    their batch runs, and their features are not kept."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    trajectories = []
     for start in tqdm(range(0, len(questions), batch), disable=quiet, unit="batch"):
-        part = collect(policy, questions[start:start + batch], 1, max_turns, max_tokens, temperature, generator)
+        part = collect(policy, questions[start:start + batch], 1, max_turns, max_tokens,
+                       temperature, generator)
         if scorer:
-            score(part, scorer)
-        for trajectory in part:  # numbers and crops stay, features go
-            for tokens in (trajectory.prompt, trajectory.tokens):
-                tokens.features = tokens.patches = []
+            score_looks(part, scorer)
+        for trajectory in part:
+            trajectory.prompt.features = trajectory.tokens.features = []
             for turn in trajectory.turns:
                 turn.crop_tokens = None
         trajectories += part
     return trajectories
 
 
-# ---- what it says ------------------------------------------------------------------------------------------------------
+# ---- what it says --------------------------------------------------------------------------------
 
-def summary(trajectories: list[Trajectory], questions: list[Question], total: Callable[[float], float] = lambda x: x) -> dict[str, dict]:
-    """Measures (reward.measure) with n, of each category of `questions` and of "all"; over all ranks, if `total` sums over them."""
-    categories, result = sorted({q.category for q in questions}), {}
-    for category in ([*categories, "all"] if len(categories) > 1 else ["all"]):
+def summary(trajectories: list[Trajectory], questions: list[Question],
+            total: Callable[[float], float] = float) -> dict[str, dict]:
+    """n and the measures (reward.measure) of each category of `questions`, and of "all". `total`
+    may sum a number over the ranks, each of which has its own trajectories."""
+    categories = sorted({question.category for question in questions})
+    rows = {}
+    for category in [*categories, "all"] if len(categories) > 1 else ["all"]:
         part = [t for t in trajectories if category in ("all", t.question.category)]
-        result[category] = {"n": int(total(len(part))), **measure(part, total)}
-    return result
+        rows[category] = {"n": int(total(len(part))), **measure(part, total)}
+    return rows
+
+
+def with_interval(accuracy: float, trials: float) -> str:
+    low, high = wilson(accuracy * trials, trials)
+    return f"{accuracy:6.3f} ({low:.3f} .. {high:.3f})"
 
 
 def table(rows: dict[str, dict]) -> str:
-    """A `summary` as text: one row a category and one for all, accuracy with its 95% interval."""
-    cell = lambda value: "     -" if value is None else f"{value:6.2f}"
-    lines = [f"{'':20}{'n':>5}  accuracy (95% interval) " + "".join(f"{c:>9}" for c in COLUMNS[1:])]
-    for category, m in rows.items():
-        low, high = wilson(m["accuracy"] * m["n"], m["n"])
-        lines.append(f"{category or '(none)':20}{m['n']:5}  {m['accuracy']:6.3f} ({low:.3f} .. {high:.3f}) "
-                     + "".join(f"   {cell(m[c])}" for c in COLUMNS[1:]))
+    """A `summary` as text, a line for each row."""
+    names = "".join(f"{column:>9}" for column in COLUMNS)
+    lines = [f"{'':20}{'n':>5}  accuracy (95% interval) {names}"]
+    for category, row in rows.items():
+        values = [row[column] for column in COLUMNS]
+        cells = "".join(f"{'-':>9}" if value is None else f"{value:9.2f}" for value in values)
+        accuracy = with_interval(row["accuracy"], row["n"])
+        lines.append(f"{category or '(none)':20}{row['n']:5}  {accuracy} {cells}")
     return "\n".join(lines)
 
 
 def benchmark_table(name: str, trajectories: list[Trajectory]) -> str:
     """The benchmark's own rows, and how the agent used its tool."""
+    results = [(t.question, bool(outcome(t.question, t.answer))) for t in trajectories]
     lines = [f"{name:36}{'n':>5}  accuracy (95% interval)"]
-    results = [(t.question, benchmarks.correct(t.question, t.answer)) for t in trajectories]
-    for label, accuracy, n, trials in benchmarks.scores(name, results):
-        low, high = wilson(accuracy * trials, trials)
-        lines.append(f"{label:36}{n:5}  {accuracy:6.3f} ({low:.3f} .. {high:.3f})")
+    for label, accuracy, n, trials in benchmarks.benchmark_scores(name, results):
+        lines.append(f"{label:36}{n:5}  {with_interval(accuracy, trials)}")
     m = measure(trajectories)
     semantic = "" if m["semantic"] is None else f", semantic {m['semantic']:.2f}"
-    return "\n".join([*lines, f"calls per question {m['calls']:.2f}, valid turns {m['valid']:.2f}{semantic}"])
+    lines.append(f"calls per question {m['calls']:.2f}, valid turns {m['valid']:.2f}{semantic}")
+    return "\n".join(lines)
 
 
 def histogram(trajectories: list[Trajectory]) -> str:
-    """How often each option letter was answered, and was right; "-" is no answer, or no option."""
-    letters = lambda pairs: Counter("-" if c is None else chr(65 + c) for c in pairs)
-    asked = [t for t in trajectories if t.question.choices]
-    said = letters(benchmarks.chosen(t.question, t.answer) for t in asked)
-    true = letters(benchmarks.chosen(t.question, t.question.answer) for t in asked)
-    return "answers: " + "  ".join(f"{k} {said[k]} (right {true[k]})" for k in sorted(set(said) | set(true)))
+    """How often each option was answered, and was right; "-" is no answer, or no option."""
+    said, right = Counter(), Counter()
+    for t in trajectories:
+        if t.question.choices:
+            said[letter(t.question, t.answer)] += 1
+            right[letter(t.question, t.question.answer)] += 1
+    columns = [f"{key} {said[key]} (right {right[key]})" for key in sorted(said | right)]
+    return "answers: " + "  ".join(columns)
 
 
-# ---- trajectories on disk ----------------------------------------------------------------------------------------------
+def letter(question: Question, answer: str | None) -> str:
+    option = benchmarks.chosen(question, answer)
+    return "-" if option is None else chr(ord("A") + option)
+
+
+# ---- trajectories on disk ------------------------------------------------------------------------
 
 def record(trajectory: Trajectory) -> dict:
     """A trajectory as one JSON object, for a .jsonl file."""
-    question = trajectory.question
-    right = benchmarks.correct if question.meta else outcome
-    return {"id": question.id, "question": question.text, "choices": question.choices, "right": question.answer,
-            "answer": trajectory.answer, "end": trajectory.end, "correct": float(right(question, trajectory.answer)),
-            "seen": trajectory.seen, "space": trajectory.space,
-            "turns": [{"text": turn.text, "box": turn.box, "bbox": turn.call and turn.call.bbox, "label": turn.call and turn.call.label,
-                       "score": turn.score, "error": turn.error} for turn in trajectory.turns]}
+    question, turns = trajectory.question, []
+    for turn in trajectory.turns:
+        call = turn.call
+        turns.append({"text": turn.text, "tool": call and call.tool, "label": call and call.label,
+                      "arguments": call and call.arguments, "box": turn.box, "score": turn.score,
+                      "error": turn.error})
+    return {"id": question.id, "question": question.text, "choices": question.choices,
+            "right": question.answer, "answer": trajectory.answer, "end": trajectory.end,
+            "correct": outcome(question, trajectory.answer), "seen": trajectory.seen,
+            "space": trajectory.space, "turns": turns}
 
 
 def restore(saved: dict, question: Question) -> Trajectory:
     """The trajectory of a `record`: what was said, done and scored, without tokens and pixels."""
-    turns = [Turn(turn["text"], slice(0, 0), turn["bbox"] and Call(turn["label"], tuple(turn["bbox"])), turn["box"] and tuple(turn["box"]),
-                  error=turn["error"], score=turn["score"]) for turn in saved["turns"]]
-    return Trajectory(question, Tokens([]), Tokens([]), [], [], tuple(saved["seen"]), tuple(saved["space"]), turns, saved["answer"], saved["end"])
+    turns = []
+    for turn in saved["turns"]:
+        call = turn["tool"] and Call(turn["tool"], turn["label"], turn["arguments"])
+        turns.append(Turn(turn["text"], slice(0, 0), call, turn["box"], error=turn["error"],
+                          score=turn["score"]))
+    return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
+                      turns, saved["answer"], saved["end"])
 
 
-def merge(out: Path, write: bool = True) -> dict[int, dict]:
-    """All predictions of the folder, by the question's place; `write` makes them one predictions.jsonl, in order."""
-    found, files = {}, sorted(out.glob("predictions*.jsonl"))
-    for line in (line for file in files for line in file.read_bytes().splitlines()):
-        try:
-            saved = json.loads(line)
-        except ValueError:  # cut short by a kill: the question is asked again
-            continue
-        found[saved["n"]] = saved
-    found = dict(sorted(found.items()))
-    if write:  # aside first, then renamed: a kill in between loses nothing
-        (out / "merging").write_text("".join(json.dumps(saved) + "\n" for saved in found.values()), encoding="utf-8")
-        (out / "merging").replace(out / "predictions.jsonl")
-        for file in out.glob("predictions.rank*.jsonl"):
-            file.unlink()
+def predictions(out: Path) -> list[Path]:
+    return sorted(out.glob("predictions-*.jsonl"))
+
+
+def read_predictions(out: Path) -> dict[int, dict]:
+    """All ranks' records by the question's number, "n". A line that a kill has torn is ignored."""
+    found = {}
+    for file in predictions(out):
+        for line in file.read_bytes().splitlines():
+            try:
+                saved = json.loads(line)
+                found[saved["n"]] = saved
+            except ValueError:
+                continue
     return found
 
 
-def differences(before: dict, now: dict) -> str:
-    """Which of the settings `now` were others `before`, for the error of a --resume; empty if none."""
-    return "; ".join(f"{key} {before.get(key)!r} there and {now[key]!r} now" for key in now if before.get(key) != now[key])
+def free_folder(out: Path) -> Path:
+    """The folder, or, while that holds predictions, the next of out-2, out-3, .."""
+    folder, number = out, 1
+    while predictions(folder):
+        number += 1
+        folder = out.with_name(f"{out.name}-{number}")
+    return folder
 
 
-def prepare(out: Path, settings: dict, resume: bool) -> None:
-    """The folder to predict into, with what it holds (`resume`) if that was made with the same settings, else without."""
-    note, files = out / "settings.json", list(out.glob("predictions*.jsonl"))
-    out.mkdir(parents=True, exist_ok=True)
-    if resume and files:
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        if changed := differences(before, settings):
-            raise DataError(f"{note}: --resume expected the same settings, found {changed}; choose another --out")
-        merge(out)
+def stamp(path: Path) -> list[list]:
+    """Name, bytes and modification time (ns) of a file, or of a model directory's weights."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def prepare(out: Path, settings: dict) -> None:
+    """Make the folder, or go on in one whose predictions were made with the same settings."""
+    note = out / "settings.json"
+    if not predictions(out):
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         return
-    if files:  # somebody may have forgotten --resume
-        aside = next(folder for i in itertools.count(1) if not (folder := out / f"previous-{i}").exists())
-        aside.mkdir()
-        for file in [*files, *([note] if note.is_file() else [])]:
-            file.replace(aside / file.name)
-    note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    changed = [f"{key} {before.get(key)!r} there and {value!r} now"
+               for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        raise DataError(f"{note}: --resume expected the same settings, "
+                        f"found {'; '.join(changed)}; choose another --out")
+    for file in predictions(out):        # what is appended must not continue a torn line
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
-def fingerprint(*pieces: bytes) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()[:16]
+# ---- the run -------------------------------------------------------------------------------------
+
+def accept_plain(trajectories: list[Trajectory]) -> None:
+    """Without tools, a model that never learnt to write tags may just say "B". So a short text
+    after its thought is an answer, too."""
+    for trajectory in trajectories:
+        said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
+        if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
+            trajectory.answer = said.removeprefix("<answer>").strip()[:MAX_ANSWER_CHARS]
+            trajectory.end = "plain"
 
 
-def weights_of(policy: Policy) -> str:
-    """A fingerprint from some 256 numbers of every weight: another training step shows, and 7B take a second."""
-    sample = lambda p: p.detach().flatten()[::max(1, p.numel() // 256)].float().cpu().numpy().tobytes()
-    return fingerprint(*map(sample, policy.model.parameters()))
+def base_of(model: str) -> str:
+    """The frozen model that scored this one in training, as train.py notes; else the model."""
+    note = Path(model) / "train.json"
+    return json.loads(note.read_text(encoding="utf-8"))["model"] if note.is_file() else model
+
+
+def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Question]) -> Scorer:
+    """Its reference crops are of --data, or of the world. Raises ValueError if --encoder has another
+    vision tower than the policy, whose features of the crops it scores."""
+    encoder = policy
+    if args.encoder != args.model:
+        encoder = Policy(args.encoder, policy.device, policy.model.dtype)
+    if not same_eyes(policy, encoder):
+        raise ValueError(f"--encoder {args.encoder}: expected the vision tower of {args.model}, "
+                         f"found another; use --encoder none, or --encoder {args.model}")
+    return Scorer(encoder, questions[:64] if args.data else None)
 
 
 def same_eyes(a: Policy, b: Policy) -> bool:
     """Do both have the same vision tower, and the same size of crops?"""
-    one, other = (list(p.model.model.visual.parameters()) for p in (a, b))
-    return a.resolution == b.resolution and len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
+    one, other = (list(policy.model.model.visual.parameters()) for policy in (a, b))
+    equal = len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
+    return equal and a.resolution == b.resolution
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------------
-
-def accept_plain(trajectories: list[Trajectory]) -> None:
-    """Without tools, a model that never learnt to write tags may just say "B": a short last word is an answer, too."""
-    for trajectory in trajectories:
-        said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
-        if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
-            trajectory.answer, trajectory.end = said.removeprefix("<answer>").strip()[:MAX_ANSWER_CHARS], "plain"
-
-
-def base_of(model: str) -> str:
-    """The frozen model that scored this one in training (train.py notes it), or the model itself."""
-    note = Path(model) / "train.json"
-    return json.loads(note.read_text())["model"] if note.is_file() else model
+def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questions: list[Question],
+        out: Path) -> None:
+    """This rank's batches, without the questions that are done. A batch and its seed do not depend
+    on the number of ranks, so neither does the table."""
+    done, rank = read_predictions(out), shard.rank()
+    starts = range(rank * args.batch, len(questions), shard.ranks() * args.batch)
+    for start in tqdm(starts, disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
+        stop = min(start + args.batch, len(questions))
+        numbers = [n for n in range(start, stop) if n not in done]
+        if not numbers:
+            continue
+        part = evaluate(policy, [questions[n] for n in numbers], scorer, args.temperature,
+                        args.seed + start, args.max_turns, args.max_tokens, args.batch)
+        if args.no_tools:
+            accept_plain(part)
+        if args.films and 0 in numbers:
+            strips = [film_strip(trajectory) for trajectory in part[:args.films]]
+            stack(strips).save(out / "films.png")
+        append(out / f"predictions-{rank}.jsonl",
+               [{"n": n, **record(trajectory)} for n, trajectory in zip(numbers, part)])
 
 
 def run(args: argparse.Namespace) -> None:
-    device = shard.setup(args.device, timeout=30 * 86400)  # a fast process waits for the slowest, however long that takes
-    rank, world, out, name = shard.rank(), shard.world(), Path(args.out), ""
+    # a fast process waits for the slowest, however long that takes
+    device = shard.setup(args.device, timeout=30 * 86400)
     with shard.together():
         if args.data:
-            name, questions = benchmarks.load(args.data)
-            if not name:
-                answerable(questions)
+            name, every = benchmarks.load(args.data)
+            every = every if name else answerable(every)
         else:
-            questions = world_questions(World(options=args.options), 0, "test", 0, 500 if args.n is None else args.n)
-        every, questions = questions, questions[:args.n]
-        if not questions:
-            raise DataError(f"{args.data or '--n'}: no questions")
+            world = World(options=args.options)
+            name, every = "", world_questions(world, 0, "test", 0, args.n or 500)
+        if not every:
+            raise DataError(f"{args.data}: no questions")
+        questions, asked_for = every[:args.n], Path(args.model)
+        args.model = str(newest(asked_for))
+        args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
-        base = args.encoder or base_of(args.model)
-        settings = {key: getattr(args, key) for key in ("model", "data", "options", "temperature", "seed", "max_turns", "max_tokens",
-                                                        "no_tools", "dtype", "coordinates")}
-        settings |= {"encoder": base, "weights": weights_of(policy),
-                     "questions": args.data and fingerprint(*(repr((q.prompt, q.answer)).encode() for q in every))}
-        if rank == 0:
-            prepare(out, settings, args.resume)
-        scorer = None
-        if base != "none" and not args.no_tools:
-            encoder = policy if base == args.model else Policy(base, device, getattr(torch, args.dtype))
-            scorer = Scorer(encoder, every[:64] if args.data else None, own_eyes=not same_eyes(policy, encoder))
-        if args.no_tools:  # a model that was trained without a prompt keeps none
+        if args.no_tools:
+            args.encoder, args.max_turns = "none", 1
+            # a model that was trained without a system prompt keeps none
             policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
-    with shard.together():  # everybody knows what is done before anybody writes
-        done, batch = set(merge(out, write=False)), args.batch or (8 if name else 64)
+        args.encoder = args.encoder or base_of(args.model)
+        scorer = None if args.encoder == "none" else load_scorer(args, policy, every)
+        out = Path(args.out) if args.resume else free_folder(Path(args.out))
+        settings = {key: value for key, value in vars(args).items() if key not in FREE}
+        settings["weights"] = stamp(Path(args.model))
+        settings["questions"] = args.data and stamp(Path(args.data))
     with shard.together():
-        mine = range(rank, len(questions), world)
-        with (out / ("predictions.jsonl" if world == 1 else f"predictions.rank{rank}.jsonl")).open("a", encoding="utf-8") as file:
-            for start in tqdm(range(0, len(mine), batch), disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
-                places = [n for n in mine[start:start + batch] if n not in done]
-                if places:
-                    part = evaluate(policy, [questions[n] for n in places], scorer, args.temperature, args.seed + places[0],
-                                    1 if args.no_tools else args.max_turns, args.max_tokens, batch)
-                    if args.no_tools:
-                        accept_plain(part)
-                    file.write("".join(json.dumps({"n": n, **record(t)}) + "\n" for n, t in zip(places, part)))
-                    file.flush()
-    if rank > 0:
-        return
-    trajectories = [restore(saved, questions[n]) for n, saved in merge(out).items() if n < len(questions)]
-    print(benchmark_table(name, trajectories) if name else table(summary(trajectories, questions)))
-    print(histogram(trajectories))
-    if args.films:
-        for trajectory in trajectories[:args.films]:
-            image = trajectory.question.open()
-            for turn in trajectory.looks:
-                turn.crop = zoom(image, turn.call, trajectory.space, policy.resolution)[0]
-        stack([film_strip(t) for t in trajectories[:args.films]]).save(out / "films.png")
-    print(f"saved {out}/predictions.jsonl" + (f" and {out}/films.png" if args.films else ""))
+        if shard.rank() == 0:
+            if Path(args.model) != asked_for:
+                print(f"judging {args.model}, the newest weights of {asked_for}")
+            if out != Path(args.out):
+                print(f"{args.out} holds predictions; this run's are in {out}")
+            prepare(out, settings)
+    with shard.together():
+        ask(args, policy, scorer, questions, out)
+    if shard.rank() == 0:
+        saved = read_predictions(out)
+        trajectories = [restore(saved[n], question) for n, question in enumerate(questions)]
+        if name:
+            print(benchmark_table(name, trajectories))
+        else:
+            print(table(summary(trajectories, questions)))
+        print(histogram(trajectories))
+        print(f"saved {out}/predictions-*.jsonl" + (f" and {out}/films.png" if args.films else ""))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="a model directory")
-    parser.add_argument("--data", help="a benchmark's file (benchmarks.py) or a .jsonl file; without it, held-out questions of the world")
-    parser.add_argument("--n", type=int, help="only the first n questions; default: 500 of the world, all of --data")
-    parser.add_argument("--options", type=int, default=4, help="options of the world's mark questions, 0 or 2 to 8")
-    parser.add_argument("--temperature", type=float, default=0., help="0 is greedy")
-    parser.add_argument("--max_turns", type=int, default=4)
-    parser.add_argument("--max_tokens", type=int, default=64, help="per turn; 64 suits tiny/, larger models think in a few hundred")
-    parser.add_argument("--batch", type=int, help="questions side by side, whose images are open together; default: 64, benchmarks 8")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--no_tools", action="store_true", help="one turn and no word of tools: answer from the overview")
-    parser.add_argument("--encoder", help="model directory that scores the looks (default: the base model), or none")
-    parser.add_argument("--films", type=int, default=4, help="save this many film strips")
-    parser.add_argument("--out", default="runs/eval", help="folder for film strips and predictions.jsonl")
-    parser.add_argument("--resume", action="store_true", help="keep the predictions that --out holds, and ask only the rest")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--coordinates", choices=["pixels", "1000"], help="of boxes: pixels of the seen image, or thousandths of its sides;"
-                        " default: what the model's directory says, else pixels")
+    add = parser.add_argument
+    add("--model", default="tiny", help="a model directory, or a run of train.py")
+    add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
+    add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
+    add("--options", type=int, default=4, help="of the world's mark questions, 0 or 2 to 8")
+    add("--temperature", type=float, default=0., help="0 is greedy")
+    add("--max_turns", type=int, default=4)
+    add("--max_tokens", type=int, default=64, help="per turn; larger models need a few hundred")
+    add("--batch", type=int, help="questions asked side by side; default: 64, benchmarks 8")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--no_tools", action="store_true", help="one turn, and no word of tools")
+    add("--encoder", help="model that scores the looks, or none; default: the frozen base model")
+    add("--films", type=int, default=4, help="draw this many film strips")
+    add("--out", default="runs/eval", help="folder for predictions and film strips")
+    add("--resume", action="store_true", help="keep the predictions in --out, ask only the rest")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--coordinates", choices=["pixels", "1000"],
+        help="of boxes: pixels of the seen image, or thousandths; default: the model's")
     args = parser.parse_args()
-    if min(args.max_turns, args.max_tokens, args.batch or 1) < 1 or args.temperature < 0:
-        parser.error("--max_turns, --max_tokens, --batch must be at least 1, --temperature not below 0")
-    torch.set_num_threads(1)
+    counts = (args.max_turns, args.max_tokens, args.batch, args.n)
+    if any(count is not None and count < 1 for count in counts) or args.temperature < 0:
+        parser.error("--max_turns, --max_tokens, --batch, --n must be at least 1, "
+                     "--temperature not below 0")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     try:
         run(args)
     except (DataError, OSError, ValueError, shard.RankFailed) as error:

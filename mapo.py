@@ -1,19 +1,25 @@
-"""Scores -> returns -> advantages -> loss: MAPO, and GRPO, DAPO, GSPO, PPO as rows of one table. Only tensors.
+"""Scores -> returns -> advantages -> loss: MAPO, and GRPO, DAPO, GSPO, PPO as rows of one table.
 
-What it teaches: *where* the semantic score enters. A group of G trajectories answers one question; trajectory i has
-the outcome r_i in [0, 1] and, for its t-th look of T_i, the score s_it in [0, 1] of the description against the crop.
+What it teaches: *where* the semantic score enters. A group of G trajectories answers one question.
+Trajectory i has an outcome r_i in [0, 1]: was the answer right? Its look t, of T_i looks, has a
+score s_it in [0, 1]: did the crop show what the agent said that it looks for?
 
-    S_i = sum_t lam^(T_i - t) s_it / sum_t lam^(T_i - t)            (1) later looks lead to the answer; no look: S_i = 0
-    R_i = (1 - beta) r_i + beta S_i                                 (2) the coupling; beta = 0 is GRPO
-    A_i = (R_i - mean R) / (std R + 1e-6)                           (3) in the group: GRPO, arXiv 2402.03300, eq. 3
-    L   = - sum_ik w_ik min(rho_ik A_i, clip(rho_ik, 1 - low, 1 + high) A_i)        (4) PPO's clipped surrogate, over tokens k
-          rho_ik = pi(token) / pi_old(token),  w_ik = 1 / (number of trajectories x tokens of trajectory i)
+    S_i = sum_t lam^(T_i - t) s_it / sum_t lam^(T_i - t)          (1)
+    R_i = (1 - beta) r_i + beta S_i                               (2)
+    A_i = (R_i - mean R) / (std R + 1e-6)                         (3)
+    L = - sum_ij w_ij min(ratio_ij A_i, clip(ratio_ij, 1 - low, 1 + high) A_i)       (4)
 
-MAPO (arXiv 2604.06777) publishes no formula that we could reach; (1) and (2) are this project's reading of it, each
-number an option. README.md lists what is the paper's and what is assumed. The first half of this file is the method,
-the second the theory of when it pays and where it fails; docs/theory.md has the proofs.
+Eq. 1: later looks lead to the answer, so they weigh more. No look: S_i = 0.
+Eq. 2: the coupling. With beta = 0 this is GRPO (arXiv 2402.03300).
+Eq. 3: mean and std are those of the group. This is GRPO's advantage.
+Eq. 4: PPO's clipped surrogate, over the tokens j of the agent. ratio_ij is the token's probability
+under the new policy over that under the old one; the w_ij sum to 1 over the batch.
 
-Run it:  python mapo.py               # one group by hand, then every proposition and counterexample, predicted and measured
+MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 are our reading of
+it, and each number is an option. README.md lists what is the paper's and what is assumed.
+docs/theory.md says when the coupling pays, and where it fails.
+
+Run it:  python mapo.py          # the advantages of one group of five, under every row; 1 s
 """
 from dataclasses import dataclass
 
@@ -21,98 +27,121 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One row of the table: how scores become a return, and how far one batch may move the policy."""
-    beta: float = 0.0            # weight of the semantic score in the return, eq. 2; --beta composes with any row
-    std: bool = True             # divide by the group's standard deviation, eq. 3
-    ratio: str = "token"         # rho of each token, or "sequence": the geometric mean over the trajectory's tokens
-    mean: str = "trajectory"     # every trajectory weighs the same, or "token": every token does
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    max_draws: int = 1           # a group without signal is dropped and another drawn, this many draws in all; 1: kept as it is
-    overlong: float = 0.0        # share of the length limit over which the penalty ramps from 0 to -1, eq. 9; 0: no penalty
-    critic: bool = False         # a value head and GAE (eq. 10) give the advantage, not the group (eq. 3)
+# ---- eq. 1 to 3: scores -> advantages ------------------------------------------------------------
+
+def trajectory_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
+    """Eq. 1. scores (N, T); looked (N, T), whether turn t was a look -> S (N,)."""
+    weight = look_weights(looked, lam).to(scores.dtype)
+    return (weight * scores).sum(1) / weight.sum(1).clamp(min=1e-8)
 
 
-ALGORITHMS = {
-    "mapo": Algorithm(beta=0.4),
-    "grpo": Algorithm(),                                                        # arXiv 2402.03300
-    "dr_grpo": Algorithm(std=False, mean="token"),                              # arXiv 2503.20783 (token mean for its fixed length)
-    "dapo": Algorithm(mean="token", clip_high=0.28, max_draws=10, overlong=0.2),  # arXiv 2503.14476: 4096 of 20480 tokens
-    "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),         # arXiv 2507.18071
-    "ppo": Algorithm(std=False, mean="token", critic=True),                     # arXiv 1707.06347
-}
+def look_weights(looked: Tensor, lam: float) -> Tensor:
+    """lam^(T_i - t) of eq. 1, and 0 for a turn without a look: looked (N, T) -> (N, T)."""
+    later = looks_left(looked) - looked.float()           # looks after this turn
+    return lam ** later * looked
 
 
 def looks_left(looked: Tensor) -> Tensor:
     """looked (N, T) -> (N, T), the number of looks from turn t on."""
-    return looked.flip(1).cumsum(1).flip(1)
+    return looked.float().flip(1).cumsum(1).flip(1)
 
 
-def look_weights(looked: Tensor, lam: float) -> Tensor:
-    """lam^(T - t) of eq. 1, 0 for turns without a look: looked (N, T) -> (N, T). `T - t` counts the looks that follow."""
-    looked = looked * 1.
-    later = looks_left(looked) - looked                        # (N, T) looks after this one
-    return lam ** later * looked
+def coupled_return(r: Tensor, S: Tensor, beta: float) -> Tensor:
+    """Eq. 2, the return of every row of the table: r and S of one shape -> R of that shape."""
+    return (1 - beta) * r + beta * S
 
 
-def trajectory_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
-    """Eq. 1. scores, looked: (N, T), score and whether turn t looked -> S (N,)."""
-    weight = look_weights(looked.to(scores.dtype), lam)
-    return (weight * scores).sum(1) / weight.sum(1).clamp(min=1e-8)
+def group_mean(values: Tensor, group: int) -> Tensor:
+    """values (N, ..) of contiguous groups -> (N, ..): the mean of each trajectory's group."""
+    groups = values.view(-1, group, *values.shape[1:])
+    return groups.mean(1).repeat_interleave(group, 0)
 
 
-def turn_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
-    """Credit per turn: (N, T), eq. 1 over the looks from turn t on (a score earned before an action does not depend
-    on it). A turn with no look left, such as the answer, gets the whole trajectory's S."""
-    rest = [trajectory_score(scores[:, t:], looked[:, t:], lam) for t in range(scores.shape[1])]
-    return torch.where(looks_left(looked) > 0, torch.stack(rest, 1), trajectory_score(scores, looked, lam)[:, None])
+def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float,
+               lam: float = .95, credit: str = "trajectory", std: bool = True) -> Tensor:
+    """Eq. 1 to 3: outcomes r (N,), scores and looked (N, T) -> advantages.
+
+    N is questions x group; the trajectories of a group are contiguous. `credit` says which turns
+    the score pays: "trajectory", all alike, (N,); "look", eq. 5, or "aim", eq. 6: (N, T).
+    std False leaves out the division (Dr. GRPO). A group of equal returns gets exactly 0.
+    The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
+    Raises ValueError on shapes or options that do not fit."""
+    check(r, scores, looked, group, beta, lam, credit)
+    S = trajectory_score(scores, looked, lam)                                 # (N,)
+    R = coupled_return(r, S, beta)                                            # (N,)
+    sigma = R.view(-1, group).std(1, correction=0).repeat_interleave(group)   # (N,)
+    scale = 1 / (sigma + 1e-6) if std else torch.ones_like(sigma)
+    scale = torch.where(sigma > 1e-6, scale, 0.)          # equal returns: rounding is no signal
+    if credit == "trajectory":
+        return (R - group_mean(R, group)) * scale
+    if credit == "look":
+        return look_credit(r, S, scores, looked, group, beta, lam) * scale[:, None]
+    return aim_credit(r, S, scores, looked, group, beta) * scale[:, None]
 
 
-def coupled_return(r: Tensor, scores: Tensor, looked: Tensor, beta: float, lam: float = 0.95,
-                   credit: str = "trajectory") -> Tensor:
-    """Eq. 2, the R of every row of the table: r (N,), scores and looked (N, T) -> (N,), with credit "turn" (N, T).
-
-    A penalty for length (eq. 9) is added to r. Raises ValueError on shapes or options that do not fit."""
+def check(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, lam: float,
+          credit: str) -> None:
     if r.ndim != 1 or scores.shape != looked.shape or len(scores) != len(r):
-        raise ValueError(f"expected r (N,), scores and looked (N, T); found {tuple(r.shape)}, {tuple(scores.shape)}, "
-                         f"{tuple(looked.shape)}")
-    if not (0 <= beta <= 1 and 0 < lam <= 1 and credit in ("trajectory", "turn")):
-        raise ValueError(f"expected 0 <= beta <= 1, 0 < lam <= 1 and credit trajectory or turn (in advantages also look); found {beta}, {lam}, {credit!r}")
-    if credit == "turn":
-        return (1 - beta) * r[:, None] + beta * turn_score(scores, looked, lam)
-    return (1 - beta) * r + beta * trajectory_score(scores, looked, lam)
-
-
-def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, lam: float = 0.95,
-               credit: str = "trajectory", std: bool = True) -> Tensor:
-    """Outcomes r (N,), scores and looked (N, T), N = questions x group, groups contiguous -> advantages.
-
-    credit "trajectory": (N,), eq. 1 to 3. "turn": (N, T), the score part from turn t on; mean and std stay those of
-    whole trajectories, because a baseline per turn index would depend on when the policy stops, and be biased.
-    "look": as "turn", but an answer after a look has the group's mean S, which the baseline takes away again: the score says
-    nothing of stopping, and of going on only whether the looks to come beat that mean.
-    std False leaves out the division. A group of equal returns gets exactly 0. Raises ValueError as coupled_return does."""
+        shapes = f"{tuple(r.shape)}, {tuple(scores.shape)}, {tuple(looked.shape)}"
+        raise ValueError(f"expected r (N,), scores and looked (N, T); found {shapes}")
     if group < 1 or len(r) % group:
         raise ValueError(f"expected a multiple of group={group} trajectories, found {len(r)}")
-    R = coupled_return(r, scores, looked, beta, lam)                            # (N,) eq. 2
-    groups = R.view(-1, group)
-    mean = groups.mean(1).repeat_interleave(group)
-    sigma = groups.std(1, correction=0).repeat_interleave(group)
-    scale = torch.where(sigma > 1e-6, 1 / (sigma + 1e-6) if std else 1., 0.)    # equal returns: rounding is no signal
-    if credit != "trajectory":
-        R = coupled_return(r, scores, looked, beta, lam, "turn" if credit == "look" else credit)  # (N, T)
-        if credit == "look":
-            S = trajectory_score(scores, looked, lam).view(-1, group).mean(1).repeat_interleave(group)
-            after = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
-            R = torch.where(after, ((1 - beta) * r + beta * S)[:, None], R)
-        mean, scale = mean[:, None], scale[:, None]
-    return (R - mean) * scale                                                   # eq. 3
+    if not (0 <= beta <= 1 and 0 < lam <= 1):
+        raise ValueError(f"expected 0 <= beta <= 1 and 0 < lam <= 1; found {beta}, {lam}")
+    if credit not in CREDITS:
+        raise ValueError(f"expected credit {', '.join(CREDITS)}; found {credit!r}")
 
+
+# ---- credit: which turns does the score pay? -----------------------------------------------------
+
+CREDITS = ("trajectory", "look", "aim")
+
+
+def look_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float,
+                lam: float) -> Tensor:
+    """Credit by look -> (N, T), before the division by std R.
+
+        A_it = (1 - beta) (r_i - mean r) + beta (S_it - mean S)                  (5)
+
+    S_it is eq. 1 over the looks from turn t on, so a look is not paid for the looks before it.
+    An answer cannot change the looks before it: after a look it has S_it = mean S, so the score
+    neither pays nor blames it."""
+    S_rest = score_to_go(scores, looked, lam)                                 # (N, T)
+    no_look_left = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
+    S_rest = torch.where(no_look_left, group_mean(S, group)[:, None], S_rest)
+    R = coupled_return(r, S, beta)
+    return coupled_return(r[:, None], S_rest, beta) - group_mean(R, group)[:, None]
+
+
+def score_to_go(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
+    """(N, T): eq. 1 over the looks from turn t on; 0 where no look is left."""
+    turns = range(scores.shape[1])
+    return torch.stack([trajectory_score(scores[:, t:], looked[:, t:], lam) for t in turns], 1)
+
+
+def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
+               beta: float) -> Tensor:
+    """Credit by aim -> (N, T), before the division by std R.
+
+        A_it = (1 - beta) (r_i - mean r) + beta (s_it - mean of s_jt over the looks of turn t)  (6)
+
+    A look is compared with the group's other looks in the same turn: the score says where to
+    look, the outcome how often. A turn without a look has no score term; a trajectory that never
+    looked has - beta mean S in all its turns, so looking stays better than not looking."""
+    counts = group_mean(looked.float(), group)                                # (N, T)
+    mean = group_mean(scores * looked, group) / counts.clamp(min=1e-8)
+    aim = torch.where(looked.bool(), scores - mean, 0.)                       # (N, T)
+    never = ~looked.any(1, keepdim=True)
+    aim = torch.where(never, -group_mean(S, group)[:, None], aim)
+    return (1 - beta) * (r - group_mean(r, group))[:, None] + beta * aim
+
+
+# ---- eq. 4: advantages -> loss -------------------------------------------------------------------
 
 def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
-    """w of eq. 4: mask (N, L) of the agent's tokens in the *whole* batch -> (N, L), which sums to 1. Computed before
+    """w of eq. 4: mask (N, L) of the agent's tokens in the *whole* batch -> (N, L), sum 1.
+
+    mean "trajectory": every trajectory weighs the same; "token": every token does. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""
     mask = mask.float()
     if mean == "token":
@@ -120,91 +149,102 @@ def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
 
 
-def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip_low: float = 0.2,
-         clip_high: float = 0.2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the agent's.
-
-    ratio "sequence": every token of a trajectory has rho = exp(mean of its tokens' log-ratios), GSPO's s_i.
-    Returns the scalar loss and, summed with the same weights: kl, the estimate E[rho - 1 - log rho] of
-    KL(old || new) (Schulman's k3), and clip_fraction, the share of tokens whose gradient the clip removed."""
-    log_ratio = (logp - old_logp).clamp(-20, 20)
-    with torch.no_grad():
-        kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum()
+def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip_low: float = .2,
+         clip_high: float = .2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the
+    agent's. Returns the loss, a scalar, and what was measured on the way, summed with the weights:
+    kl, the estimate E[ratio - 1 - log ratio] of KL(old || new) (Schulman's k3), and clip_fraction,
+    the share of tokens whose gradient the clip removed. There is no dual clip."""
+    log_ratio = (logp - old_logp).clamp(-20, 20)          # (B, L)
+    kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum().detach()
     if ratio == "sequence":
-        own = (weight > 0).float()
-        log_ratio = ((own * log_ratio).sum(1, keepdim=True) / own.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
-    rho = log_ratio.exp()
-    surrogate = torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    with torch.no_grad():
-        stopped = ((rho > 1 + clip_high) & (advantage > 0)) | ((rho < 1 - clip_low) & (advantage < 0))
-        stats = {"kl": kl, "clip_fraction": (weight * stopped).sum()}
+        log_ratio = sequence_log_ratio(logp, log_ratio, weight)
+    ratios = log_ratio.exp()
+    clipped = ratios.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratios * advantage, clipped * advantage)
+    stopped = (ratios * advantage > clipped * advantage).float()
+    stats = {"kl": kl, "clip_fraction": (weight * stopped).sum().detach()}
     return -(weight * surrogate).sum(), stats
 
 
-# ---- what DAPO and PPO add ------------------------------------------------------------------------------------------
+def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tensor:
+    """GSPO's ratio, exp(mean of the log-ratios of a trajectory's tokens): (B, L), equal in a row.
 
-def has_signal(values: Tensor, group: int) -> Tensor:
-    """Does a group teach anything? R (N,) of whole trajectories, or advantages (N,) or (N, T) -> bool (N / group,).
+    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): each token's value is the
+    trajectory's, each token's slope its own. With one advantage for the whole trajectory both forms
+    have the same gradient. With one for each turn only this form keeps them apart."""
+    own = (weight > 0).float()
+    count = own.sum(1, keepdim=True).clamp(min=1)
+    mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)
+    return mean.detach() + logp - logp.detach()
 
-    False where all are equal. DAPO's dynamic sampling (its eq. 11: some right, some wrong) drops such groups and draws
-    other questions. Ask before the penalty for length is added: lengths alone are no reason to keep a group."""
-    return values.reshape(len(values) // group, -1).std(1, correction=0) > 1e-6
+
+# ---- the table -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row: how scores become a return, and how far one batch may move the policy."""
+    beta: float = 0.            # weight of the semantic score, eq. 2; composes with every row
+    std: bool = True            # divide by the group's standard deviation, eq. 3
+    ratio: str = "token"        # of each token, or "sequence": the mean over the trajectory
+    mean: str = "trajectory"    # every trajectory weighs the same, or "token": every token does
+    clip_low: float = .2
+    clip_high: float = .2
+    max_draws: int = 1          # draws of other questions in place of groups without signal
+    overlong: float = 0.        # share of the length limit over which eq. 7's penalty ramps
+    critic: bool = False        # a value head gives the advantage, not the group: lib/critic.py
+
+
+ALGORITHMS = {
+    "mapo": Algorithm(beta=.4),
+    "grpo": Algorithm(),                                                 # arXiv 2402.03300
+    "dr_grpo": Algorithm(std=False, mean="token"),                       # arXiv 2503.20783
+    "dapo": Algorithm(mean="token", clip_high=.28, max_draws=10, overlong=.2),     # 2503.14476
+    "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # arXiv 2507.18071
+    "ppo": Algorithm(std=False, mean="token", critic=True),              # arXiv 1707.06347
+}
+
+
+# ---- what DAPO adds ------------------------------------------------------------------------------
+
+def has_signal(R: Tensor, group: int) -> Tensor:
+    """R (N,) -> bool (N / group,): does the group teach anything? Not if all returns are equal.
+
+    DAPO drops such groups and draws other questions (its eq. 11). Ask before the penalty for
+    length is added: lengths alone are no reason to keep a group."""
+    return R.view(-1, group).std(1, correction=0) > 1e-6
 
 
 def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
-    """DAPO's eq. 13: lengths (N,) in tokens -> (N,) in [-1, 0], to be added to the outcome.
+    """DAPO's penalty for length (its eq. 13): lengths (N,) in tokens -> (N,), added to r.
 
-        p(l) = clip((limit - buffer - l) / buffer, -1, 0)                       (9) 0 up to limit - buffer, -1 at limit"""
+        p(l) = clip((limit - buffer - l) / buffer, -1, 0)                        (7)
+
+    It is 0 up to limit - buffer, and -1 at the limit. Raises ValueError on a buffer outside."""
     if not 0 < buffer <= limit:
         raise ValueError(f"expected 0 < buffer <= limit, found buffer {buffer}, limit {limit}")
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
 
 
-@torch.no_grad()
-def gae(reward: Tensor, values: Tensor, mask: Tensor, gamma: float = 1., lam: float = .95) -> tuple[Tensor, Tensor]:
-    """PPO's advantages, arXiv 1707.06347 eq. 11 and 12 (arXiv 1506.02438): the agent's tokens are the steps.
-
-        delta_t = reward_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   target_t = A_t + V_t            (10)
-
-    values (N, L): V of the state in which token t is chosen; mask (N, L): the agent's tokens. `t + 1` is the agent's next
-    token: what the environment writes is no step, and after the last V is 0. reward: R (N,), paid at the agent's last
-    token, or (N, L), so that each look's score can be paid when it is earned. Returns advantage and target, (N, L), 0
-    off the mask. Raises ValueError if a reward stands where no token of the agent does: it would be lost."""
-    own = mask.bool()
-    if reward.ndim == 1:
-        reward = reward[:, None] * (own & (own.flip(1).cumsum(1).flip(1) == 1))
-    if reward.shape != values.shape or own.shape != values.shape or (reward[~own] != 0).any():
-        raise ValueError(f"expected values and mask (N, L), reward (N,) or (N, L) at the agent's tokens only; found "
-                         f"{tuple(values.shape)}, {tuple(mask.shape)}, {tuple(reward.shape)}")
-    advantage, next_value, next_advantage = torch.zeros_like(values), values.new_zeros(len(values)), values.new_zeros(len(values))
-    for t in reversed(range(values.shape[1])):
-        delta = reward[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(own[:, t], delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(own[:, t], values[:, t], next_value)
-        advantage[:, t] = next_advantage
-    return torch.where(own, advantage, 0.), torch.where(own, advantage + values, 0.)
-
-
-def value_loss(values: Tensor, old_values: Tensor, target: Tensor, weight: Tensor, clip: float = .2) -> Tensor:
-    """Half the squared error of the value head, all (B, L), weight as in eq. 4 -> scalar.
-
-        V' = V_old + clip(V - V_old, -c, c),   L_V = 1/2 sum w max((V - target)^2, (V' - target)^2)                  (11)
-
-    PPO's paper has the plain square (its eq. 9); the clip, which keeps V near V_old, is that of its released code."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return .5 * (weight * torch.maximum((values - target).square(), (near - target).square())).sum()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)    # the tensors are small: more threads only wait for each other
-    stories = ["looked well, right", "looked well, misread", "looked badly, lucky", "looked badly, wrong", "never looked, lucky"]
+def demonstrate() -> None:
+    """Five stories of one question, and what each row of the table makes of them."""
+    stories = ["looked well, right", "looked well, misread", "looked badly, lucky",
+               "looked badly, wrong", "never looked, lucky"]
     r = torch.tensor([1., 0, 1, 0, 1])
     scores = torch.tensor([[.9, .9], [.9, .9], [.1, .1], [.1, .1], [0, 0]])
     looked = torch.tensor([[True, True]] * 4 + [[False, False]])
-    rows = {name: row for name, row in ALGORITHMS.items() if not row.critic}          # PPO asks a value head, not the group
-    print(f"{'one group of five':22} {'r':>4} {'S':>5}" + "".join(f"{'A, ' + name:>12}" for name in rows))
     S = trajectory_score(scores, looked, .95)
-    columns = [advantages(r, scores, looked, 5, row.beta, std=row.std) for row in rows.values()]
+    columns = {name: advantages(r, scores, looked, 5, row.beta, std=row.std)
+               for name, row in ALGORITHMS.items() if not row.critic}    # PPO asks a value head
+    header = "".join(f"{'A, ' + name:>12}" for name in columns)
+    print(f"{'one group of five':22} {'r':>4} {'S':>5}{header}")
     for i, story in enumerate(stories):
-        print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}" + "".join(f"{column[i]:12.2f}" for column in columns))
-    print("GRPO pays all right answers alike; MAPO tells the look that earned the answer from the guess that hit it.")
+        cells = "".join(f"{column[i]:12.2f}" for column in columns.values())
+        print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}{cells}")
+    print("GRPO pays all right answers alike; "
+          "MAPO tells the look that earned the answer from the guess that hit it.")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    demonstrate()

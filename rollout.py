@@ -1,26 +1,25 @@
-"""Questions -> trajectories: the conversation between the policy and its tool, over several turns.
+"""Questions -> trajectories: the conversation of the policy with its tool, over several turns.
 
-What it teaches: agentic RL's only new ingredient is that part of the sequence is written by the *environment*. A
-trajectory is one token sequence; a mask says which tokens are the agent's own. The sampled ids are kept exactly as
-they were sampled (never decoded and encoded again), and what the tool returns is appended as new ids, under mask 0.
+What it teaches: what is new in agentic RL is that the *environment* writes part of the sequence.
+A trajectory is one sequence of tokens; a mask says which of them are the agent's own. Sampled ids
+are kept exactly as they were sampled, never decoded and encoded again. What the tool returns is
+appended as new ids, under mask 0.
 
-    prompt ─▶ [think, call]* ─▶ crop or error ─▶ [think, call]* ─▶ crop or error ─▶ [think, answer]*      * mask 1
+    prompt -> [think, call]* -> crop or error -> .. -> [think, answer]*         * mask 1
 
-All conversations of a batch run side by side; those that have answered leave it.
+All conversations of a batch go on side by side; those that have answered leave it.
 
-Run it:  python rollout.py            # one trajectory of tiny/ in text, its film strip in runs/rollout.png
+Run it:  python rollout.py      # one trajectory about a drawn picture, token by token; 6 s
 """
-import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lib.data import Question
 from lib.policy import Policy, Tokens
 from lib.sampler import Session
-from tools import Answer, Call, ToolError, fit, parse, zoom
+from tools import Answer, Call, ToolError, fit, parse, run_tool
 
 
 @dataclass
@@ -28,13 +27,13 @@ class Turn:
     """What the agent wrote in one turn, and what came of it."""
     text: str
     tokens: slice                       # where its ids stand in the trajectory
-    call: Call | None = None            # a visual action that was carried out ..
-    box: tuple | None = None            # .. its box in pixels of the original
+    call: Call | None = None            # a look: the call that was carried out ..
+    box: tuple | None = None            # .. the box that it showed, in pixels of the original
     crop: Image.Image | None = field(default=None, repr=False)
     crop_tokens: Tokens | None = field(default=None, repr=False)
-    error: str = ""                     # or the kind of error
-    message: str = ""                   # and what the agent was told
-    score: float | None = None          # semantic score of the visual action (reward.py)
+    error: str = ""                     # or the kind of error ..
+    message: str = ""                   # .. and what the agent was told
+    score: float | None = None          # semantic score of the look (reward.py)
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Trajectory:
     prompt: Tokens                      # how it begins: one object for the whole group
     tokens: Tokens                      # the whole sequence, as sampled
     mask: list[bool]                    # True: a token of the agent
-    logps: list[float]                  # of the agent's tokens when they were sampled; 0 elsewhere
+    logps: list[float]                  # of the agent's tokens when they were sampled; else 0
     seen: tuple[int, int]               # (width, height) of the overview, in pixels ..
     space: tuple[int, int]              # .. and in the units of the agent's boxes
     turns: list[Turn] = field(default_factory=list)
@@ -55,46 +54,47 @@ class Trajectory:
         return [turn for turn in self.turns if turn.call]
 
 
-def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns: int = 4, max_tokens: int = 64,
-            temperature: float = 1.0, generator: torch.Generator | None = None) -> list[Trajectory]:
-    """`group` trajectories for each question, in the questions' order: [q0, q0, .., q1, q1, ..].
+def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns: int = 4,
+            max_tokens: int = 64, temperature: float = 1.,
+            generator: torch.Generator | None = None) -> list[Trajectory]:
+    """`group` trajectories of each question, in the questions' order: [q0, q0, .., q1, q1, ..].
 
     max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
     temperature 0 is greedy. Whatever the agent writes, this raises nothing."""
-    originals = [question.open() for question in questions]
-    overviews = [fit(image, policy.resolution) for image in originals]
-    prompts = [policy.prompt(image, question.prompt) for image, question in zip(policy.encode_images(overviews), questions)]
-    trajectories = [Trajectory(question, prompt, prompt + Tokens([]), [False] * len(prompt.ids), [0.] * len(prompt.ids),
-                               overview.size, policy.space(overview.size))
-                    for question, prompt, overview in zip(questions, prompts, overviews) for _ in range(group)]
+    images = [question.open() for question in questions]
+    prompts, trajectories = begin(policy, questions, images, group)
     session = Session(policy, prompts, group)
-    active = list(range(len(trajectories)))  # which trajectory each row of the session belongs to
-    for turn_number in range(1, max_turns + 1):
-        for i, ids, logps in zip(active, *session.sample(max_tokens, temperature, generator)):
-            trajectory = trajectories[i]
-            start = len(trajectory.mask)
-            extend(trajectory, Tokens(ids), logps)
-            text = policy.decode(ids).removesuffix("<|im_end|>")
-            act(policy, trajectory, Turn(text, slice(start, start + len(ids))), originals[i // group], last=turn_number == max_turns)
+    active = list(range(len(trajectories)))     # the trajectory of each row of the session
+    for number in range(1, max_turns + 1):
+        ids, logps = session.sample(max_tokens, temperature, generator)
+        for row, i in enumerate(active):
+            turn = write(policy, trajectories[i], ids[row], logps[row])
+            act(policy, trajectories[i], turn, images[i // group], last=number == max_turns)
         kept = [row for row, i in enumerate(active) if not trajectories[i].end]
         active = [active[row] for row in kept]
         if not active:
             break
-        if len(kept) < len(session.mask):
+        if len(kept) < len(ids):
             session.keep(kept)
-        latest = [trajectories[i].turns[-1] for i in active]
-        places = {(i // group, turn.box): turn.crop for i, turn in zip(active, latest) if turn.crop}  # many look alike
-        crops = dict(zip(places, policy.encode_images(list(places.values()))))
-        observations = []
-        for i, turn in zip(active, latest):
-            turn.crop_tokens = crops.get((i // group, turn.box))
-            observation = policy.observation(turn.crop_tokens or turn.message)
-            if trajectories[i].tokens.ids[-1] == policy.end_id:  # the agent closed its turn itself
-                observation.ids = observation.ids[1:]
-            extend(trajectories[i], observation)
-            observations.append(observation)
-        session.append(observations)
+        see(policy, trajectories, active, group)
+        session.append([observe(policy, trajectories[i]) for i in active])
     return trajectories
+
+
+def begin(policy: Policy, questions: list[Question], images: list[Image.Image],
+          group: int) -> tuple[list[Tokens], list[Trajectory]]:
+    """The prompts, one a question, and the trajectories that begin with them."""
+    overviews = [fit(image, policy.resolution) for image in images]
+    prompts, trajectories = [], []
+    for question, overview, tokens in zip(questions, overviews, policy.encode_images(overviews)):
+        prompt = policy.prompt(tokens, question.prompt)
+        prompts.append(prompt)
+        for _ in range(group):
+            trajectory = Trajectory(question, prompt, Tokens([]), [], [], overview.size,
+                                    policy.space(overview.size))
+            extend(trajectory, prompt)
+            trajectories.append(trajectory)
+    return prompts, trajectories
 
 
 def extend(trajectory: Trajectory, tokens: Tokens, logps: list[float] | None = None) -> None:
@@ -104,9 +104,17 @@ def extend(trajectory: Trajectory, tokens: Tokens, logps: list[float] | None = N
     trajectory.logps += logps or [0.] * len(tokens.ids)
 
 
-def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, last: bool) -> None:
-    """Carry out what the turn asks for, or end the trajectory."""
+def write(policy: Policy, trajectory: Trajectory, ids: list[int], logps: list[float]) -> Turn:
+    """The agent's next turn, appended to its trajectory."""
+    start = len(trajectory.mask)
+    extend(trajectory, Tokens(ids), logps)
+    turn = Turn(policy.decode(ids).removesuffix("<|im_end|>"), slice(start, start + len(ids)))
     trajectory.turns.append(turn)
+    return turn
+
+
+def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, last: bool) -> None:
+    """Carry out what the turn asks for, or end the trajectory. image: the original."""
     try:
         action = parse(turn.text, trajectory.space)
         if isinstance(action, Answer):
@@ -114,8 +122,57 @@ def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, 
         elif last:
             trajectory.end = "max_turns"
         else:
+            turn.crop, turn.box = run_tool(image, action, trajectory.space, policy.resolution)
             turn.call = action
-            turn.crop, turn.box = zoom(image, action, trajectory.space, policy.resolution)
     except ToolError as error:
         turn.error, turn.message = error.kind, str(error)
-        trajectory.end = error.kind if error.final else "max_turns" if last else ""
+        if error.final or last:
+            trajectory.end = error.kind if error.final else "max_turns"
+
+
+def see(policy: Policy, trajectories: list[Trajectory], active: list[int], group: int) -> None:
+    """Encode the crops of the latest turns. Trajectories of one question that made the same call,
+    tool and arguments alike, share one crop: it is encoded once."""
+    places, crops = {}, {}
+    for i in active:
+        turn = trajectories[i].turns[-1]
+        if turn.call:
+            places[i] = (i // group, turn.call.tool, str(turn.call.arguments))
+            crops[places[i]] = turn.crop
+    encoded = dict(zip(crops, policy.encode_images(list(crops.values()))))
+    for i, place in places.items():
+        trajectories[i].turns[-1].crop_tokens = encoded[place]
+
+
+def observe(policy: Policy, trajectory: Trajectory) -> Tokens:
+    """What the agent reads next, a crop or an error, appended to its trajectory."""
+    turn = trajectory.turns[-1]
+    observation = policy.observation(turn.crop_tokens or turn.message)
+    if trajectory.tokens.ids[-1] == policy.end_id:     # the agent has closed its turn itself
+        observation.ids = observation.ids[1:]
+    extend(trajectory, observation)
+    return observation
+
+
+def demonstrate() -> None:
+    """One trajectory of tiny/ about a drawn picture: who wrote what."""
+    image = Image.new("RGB", (768, 768), (110, 120, 110))
+    image.paste((214, 46, 46), (480, 160, 608, 288))
+    question = Question("What mark is on the red square?", "vee", lambda: image, ("vee", "checks"))
+    policy = Policy("tiny")
+    trajectory = collect(policy, [question], temperature=0.)[0]
+    print(f"{len(trajectory.prompt.ids):4} tokens of the prompt")
+    end = len(trajectory.prompt.ids)
+    for turn in trajectory.turns:
+        if turn.tokens.start > end:
+            print(f"{turn.tokens.start - end:4} tokens of the tool's response")
+        end = turn.tokens.stop
+        logp = sum(trajectory.logps[turn.tokens])
+        print(f"{end - turn.tokens.start:4} tokens of the agent, log-probability {logp:.2f}: "
+              f"{turn.text}")
+    print(f"ended by {trajectory.end}; answer {trajectory.answer!r}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    demonstrate()

@@ -1,71 +1,99 @@
-"""The theory, predicted and measured."""
+"""The variance theory, predicted and measured: every number of docs/theory.md.
+
+What it teaches: a proposition is worth what its check is worth. Each function below is one
+experiment. It states a proposition of docs/theory.md, where the equations and the proofs are, and
+returns what the proposition predicts beside what was measured. What is measured goes through
+mapo.advantages, the code that trains: on a sample, with its standard error, or exactly, over all
+groups of trajectories that there can be.
+
+Run it:  python docs/theory.py        # every table of docs/theory.md; 4 s
+"""
+import math
 import sys
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from mapo import advantages, trajectory_score, turn_score
+from mapo import CREDITS, advantages, score_to_go, trajectory_score
+
+BETAS = (0., .1, .2, .4, .6, .8, 1.)
 
 
-# ---- why it can work, and when it does not: a model of one visual action --------------------------------------------
-#
-# z: did the crop show the evidence? P(r=1 | z=1) = 1 - eps (misreading), P(r=1 | z=0) = rho (luck), E[s | z] = mu_z,
-# Var(s | z) = v_s. Signal to noise of a return: what z moves over what is left given z; c is the noise that r and s share.
-#
-#     SNR(b) = ((1-b) Dr + b Ds)^2 / ((1-b)^2 v_r + 2 b (1-b) c + b^2 v_s)     Dr = 1 - eps - rho, Ds = mu_1 - mu_0     (8)
-#
-# It is free of scale, which raw variance is not: halving a reward quarters its variance and teaches nothing.
+# ---- the model of one look -----------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Looking:
-    p: float = 0.25        # P(z = 1)
-    eps: float = 0.1
-    rho: float = 0.25
-    mu: tuple[float, float] = (0.3, 0.8)
-    sd: float = 0.2        # the score's own noise
-    shared: float = 0.0    # s = mu_z + sd x noise + shared x (r - E[r | z]): a judge that hears the answer
-
-    @property
-    def moments(self) -> tuple[float, float, float, float, float]:
-        """Dr, Ds, v_r = E[Var(r | z)], v_s = E[Var(s | z)], c = E[Cov(r, s | z)]."""
-        v_r = self.p * self.eps * (1 - self.eps) + (1 - self.p) * self.rho * (1 - self.rho)
-        return 1 - self.eps - self.rho, self.mu[1] - self.mu[0], v_r, self.sd ** 2 + self.shared ** 2 * v_r, self.shared * v_r
+class Moments:
+    """What z moves of r and of s, and their noise given z. Eq. 15 to 17 follow from these."""
+    d_r: float            # E[r | z=1] - E[r | z=0]
+    d_s: float
+    v_r: float            # E[Var(r | z)]
+    v_s: float
+    c: float = 0.         # E[Cov(r, s | z)], the noise that r and s share
 
     def snr(self, beta: float) -> float:
-        """Eq. 8 (5 to 7 stand in reward.py)."""
-        d_r, d_s, v_r, v_s, c = self.moments
-        return ((1 - beta) * d_r + beta * d_s) ** 2 / ((1 - beta) ** 2 * v_r + 2 * beta * (1 - beta) * c + beta ** 2 * v_s)
+        """Eq. 15."""
+        signal = (1 - beta) * self.d_r + beta * self.d_s
+        noise = (1 - beta) ** 2 * self.v_r + beta ** 2 * self.v_s + 2 * beta * (1 - beta) * self.c
+        return signal ** 2 / noise
 
     @property
     def best_beta(self) -> float:
-        """The matched filter, w = b / (1-b) = (Ds v_r - Dr c) / (Dr v_s - Ds c)  (12); SNR_r + SNR_s there if c = 0."""
-        d_r, d_s, v_r, v_s, c = self.moments
-        top, bottom = d_s * v_r - d_r * c, d_r * v_s - d_s * c
-        return 0. if top <= 0 else 1. if bottom <= 0 else top / (top + bottom)
+        """Eq. 16."""
+        gain = self.d_s * self.v_r - self.d_r * self.c
+        cost = self.d_r * self.v_s - self.d_s * self.c
+        return weight_of(gain, cost)
 
     @property
     def break_even(self) -> float:
-        """The b past which coupling is worse than none, w = 2 Dr (Ds v_r - Dr c) / (Dr^2 v_s - Ds^2 v_r)  (13); 1: no b hurts."""
-        d_r, d_s, v_r, v_s, c = self.moments
-        top, bottom = 2 * d_r * (d_s * v_r - d_r * c), d_r ** 2 * v_s - d_s ** 2 * v_r
-        return 0. if top <= 0 else 1. if bottom <= 0 else top / (top + bottom)
+        """Eq. 17: the beta past which coupling is worse than none; 1: no beta is."""
+        gain = 2 * self.d_r * (self.d_s * self.v_r - self.d_r * self.c)
+        cost = self.d_r ** 2 * self.v_s - self.d_s ** 2 * self.v_r
+        return weight_of(gain, cost)
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions 0 .. 1/p - 1, of which 0 shows the evidence, under a uniform policy; outcomes; scores."""
-        action = torch.randint(0, round(1 / self.p), shape, generator=generator)
-        right = torch.where(action == 0, 1 - self.eps, self.rho)
+
+def weight_of(gain: float, cost: float) -> float:
+    """The beta with beta / (1 - beta) = gain / cost."""
+    if gain <= 0:
+        return 0.
+    return 1. if cost <= 0 else gain / (gain + cost)
+
+
+@dataclass(frozen=True)
+class Looking:
+    """One look: z says whether the crop shows the evidence; then come an outcome and a score."""
+    p: float = .25                         # P(z = 1): one of 1/p places shows the evidence
+    eps: float = .1                        # P(wrong | z = 1)
+    luck: float = .25                      # P(right | z = 0)
+    mu: tuple[float, float] = (.3, .8)     # E[s | z = 0], E[s | z = 1]
+    sd: float = .2                         # the score's own noise
+    shared: float = 0.                     # how much of the outcome's noise the score repeats
+
+    @property
+    def moments(self) -> Moments:
+        v_r = self.p * self.eps * (1 - self.eps) + (1 - self.p) * self.luck * (1 - self.luck)
+        v_s = self.sd ** 2 + self.shared ** 2 * v_r
+        d_s = self.mu[1] - self.mu[0]
+        return Moments(1 - self.eps - self.luck, d_s, v_r, v_s, self.shared * v_r)
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Places under a uniform policy (place 0 shows the evidence), outcomes, scores: `shape`."""
+        place = torch.randint(0, round(1 / self.p), shape, generator=generator)
+        right = torch.where(place == 0, 1 - self.eps, self.luck)
         r = (torch.rand(shape, generator=generator) < right).float()
         noise = self.sd * torch.randn(shape, generator=generator) + self.shared * (r - right)
-        return action, r, torch.where(action == 0, self.mu[1], self.mu[0]) + noise
+        return place, r, torch.where(place == 0, self.mu[1], self.mu[0]) + noise
 
+
+# ---- measuring on a sample -----------------------------------------------------------------------
 
 def with_error(statistic, *samples: Tensor, blocks: int = 20) -> tuple[Tensor, Tensor]:
-    """A statistic of all the samples, and its Monte Carlo standard error, from the same statistic of 20 equal blocks."""
-    parts = torch.stack([torch.as_tensor(statistic(*part)) for part in zip(*(x.chunk(blocks) for x in samples))])
-    return torch.as_tensor(statistic(*samples)), parts.std(0) / blocks ** .5
+    """A statistic of the samples, and its standard error, from the same of 20 equal blocks."""
+    parts = [statistic(*block) for block in zip(*(x.chunk(blocks) for x in samples))]
+    return statistic(*samples), torch.stack(parts).std(0) / blocks ** .5
 
 
 def snr_of(g: Tensor) -> Tensor:
@@ -73,186 +101,348 @@ def snr_of(g: Tensor) -> Tensor:
     return g.mean(0).square().sum() / g.var(0).sum()
 
 
+def snr_ratio(g: Tensor, g_0: Tensor) -> Tensor:
+    return snr_of(g) / snr_of(g_0)
+
+
 def scalar_snr(R: Tensor, z: Tensor) -> Tensor:
-    """Eq. 8 measured: returns R (n,), z (n,) bool -> what z moves, squared, over the variance left given z."""
-    left = torch.where(z, R - R[z].mean(), R - R[~z].mean()).square().mean()
-    return (R[z].mean() - R[~z].mean()).square() / left
+    """Eq. 15, measured: returns R (n,), z (n,) bool."""
+    noise = torch.where(z, R - R[z].mean(), R - R[~z].mean()).square().mean()
+    return (R[z].mean() - R[~z].mean()).square() / noise
 
 
-def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Coupled returns (N,) of questions x group looks, z (N,), and each group's policy gradient (questions, actions), eq. 3."""
-    action, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
+def policy_gradient(A: Tensor, action: Tensor, actions: int, group: int) -> Tensor:
+    """A, action (N,) -> (questions, actions), by the logits of a uniform softmax."""
+    phi = torch.eye(actions)[action] - 1 / actions           # grad of log pi, (N, actions)
+    return (A[:, None] * phi).view(-1, group, actions).mean(1)
+
+
+def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8,
+            seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Coupled returns (N,), z (N,), and each question's gradient by eq. 3 (questions, places)."""
+    place, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
     A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta)
-    phi = torch.eye(round(1 / model.p))[action] - model.p                            # grad of log softmax, (N, actions)
-    return (1 - beta) * r + beta * s, action == 0, (A[:, None] * phi).view(questions, group, -1).mean(1)
+    gradient = policy_gradient(A, place, round(1 / model.p), group)
+    return (1 - beta) * r + beta * s, place == 0, gradient
 
 
-def edge(model: Looking, beta: float, **size) -> tuple[float, tuple, tuple]:
-    """SNR at beta over SNR at 0: eq. 8; measured on returns, with error; on policy gradients, with error. Paired samples."""
-    (R, z, g), (R_0, _, g_0) = sampled(model, beta, **size), sampled(model, 0., **size)
-    return (model.snr(beta) / model.snr(0.), with_error(lambda a, b, z: scalar_snr(a, z) / scalar_snr(b, z), R, R_0, z),
-            with_error(lambda a, b: snr_of(a) / snr_of(b), g, g_0))
+def edge(model: Looking, beta: float, **size) -> tuple[float, tuple[Tensor, Tensor]]:
+    """SNR at beta over SNR at 0: by eq. 15, and of the policy gradient, with its error."""
+    g, g_0 = sampled(model, beta, **size)[2], sampled(model, 0., **size)[2]
+    return model.moments.snr(beta) / model.moments.snr(0.), with_error(snr_ratio, g, g_0)
 
+
+# ---- propositions 1 to 3 -------------------------------------------------------------------------
 
 def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list[tuple]:
-    """Proposition 1: rows (what, predicted, measured, error).
+    """Proposition 1: the group's mean removes what differs between questions, eq. 13 and 14.
 
-        Var(r) = E_q[Var(r | q)] + Var_q(E[r | q]),   E[(r_i - mean r)^2] = (1 - 1/G) E_q[Var(r | q)]        (14, 15)
-
-    Half of the questions are easy: P(r=1) = .5, else .1; .4 more where the look is right, one place of four. So E[r | q]
-    is .6 or .2, and grad E[r | q] = (.075, -.025, -.025, -.025) for both."""
+    Half of the questions are easy, P(r=1) = .5, the others hard, .1. Where the look is right, one
+    place of four, it is .4 more. So E[r | q] is .6 or .2, and Var(r) = .2 within + .04 between.
+    The gradient of E[r | q] is (.075, -.025, -.025, -.025) in both kinds of question.
+    Returns rows: what, predicted, (measured, error)."""
     g = torch.Generator().manual_seed(seed)
-    action = torch.randint(0, 4, (questions, group), generator=g)
+    place = torch.randint(0, 4, (questions, group), generator=g)
     base = torch.where(torch.rand(questions, 1, generator=g) < .5, .5, .1)
-    r = (torch.rand(questions, group, generator=g) < base + .4 * (action == 0)).float()
-    phi, exact = torch.eye(4)[action] - .25, torch.tensor([.075, -.025, -.025, -.025])
-    centred, others = r - r.mean(1, keepdim=True), (r.sum(1, keepdim=True) - r) / (group - 1)     # others: the mean without i
-    within, size = r.var(1), exact.square().sum().item()
-    estimate = {"no baseline": r, "mean of the others": r - others, "mean of all": centred}
-    estimate = {k: (A[..., None] * phi).mean(1) for k, A in estimate.items()}
-    one, two = (.2 * .75 - size) / 4, .5 * .315 - size    # Hoeffding's zeta of pairs; .315 = P(two differ in r and in place)
-    paired = size * group * (group - 1) / (4 * (group - 2) * one + 2 * two)
-    snr = {"no baseline": size * group / (.4 * .75 - size), "mean of the others": paired, "mean of all": paired}
+    r = (torch.rand(questions, group, generator=g) < base + .4 * (place == 0)).float()
+    total, within = (r - .4).square().mean(1), r.var(1)
+    centred = r - r.mean(1, keepdim=True)
+    others = r - (r.sum(1, keepdim=True) - r) / (group - 1)
     mean = torch.Tensor.mean
-    return [("Var(r)", .24, *with_error(mean, (r - .4).square().mean(1))),
-            ("  within questions, E_q[Var(r | q)]", .20, *with_error(mean, within)),
-            ("  between questions, Var_q(E[r | q])", .04, *with_error(mean, (r - .4).square().mean(1) - within)),
-            ("left after the group's mean, eq. 15", .20 * (1 - 1 / group), *with_error(mean, centred.square().mean(1))),
-            *((f"gradient / exact one, {k}", 1 - 1 / group if k == "mean of all" else 1.,
-               *with_error(lambda x: x.mean(0) @ exact / size, x)) for k, x in estimate.items()),
-            *((f"gradient's SNR, {k}", snr[k], *with_error(snr_of, x)) for k, x in estimate.items())]
-
-
-def credit_effect(model: Looking = Looking(), turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
-                  seed: int = 0) -> list[tuple]:
-    """Proposition 3 on three looks, each with its own z. With w_t = lam^(T-t) and V = v_s + p (1-p) Ds^2, any look's variance,
-
-        SNR_t = (w_t Ds)^2 / (w_t^2 v_s + sum_u w_u^2 V),   u over the other looks, or only over those after t       (16)
-
-    Rows (what; what z_t moves of S: predicted, measured, error; SNR_t: the same; the gradient's SNR: measured, error)."""
-    place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
-    looked, rows = torch.ones_like(s, dtype=torch.bool), []
-    _, d_s, _, v_s, _ = model.moments
-    other, w = v_s + model.p * (1 - model.p) * d_s ** 2, [lam ** (turns - 1 - t) for t in range(turns)]      # other: V
-    S, to_go = trajectory_score(s, looked, lam)[:, None].expand(-1, turns), turn_score(s, looked, lam)
-    moved = lambda R, z: R[z].mean() - R[~z].mean()
-    for t in range(turns):
-        z, phi = place[:, t] == 0, torch.eye(4)[place[:, t]] - .25
-        for name, R, seen in (("whole trajectory", S, range(turns)), ("looks from t on", to_go, range(t, turns))):
-            share = sum(w[u] for u in seen) / sum(w)                # turn_score divides by the weights it keeps: W_t / W
-            snr = (w[t] * d_s) ** 2 / (w[t] ** 2 * v_s + sum(w[u] ** 2 * other for u in seen if u != t))
-            credit = "trajectory" if R is S else "turn"
-            A = advantages(torch.zeros(len(s)), s, looked, group, 1., lam, credit)
-            g = ((A if A.ndim == 1 else A[:, t])[:, None] * phi).view(questions, group, -1).mean(1)
-            rows.append((f"turn {t + 1}, {name}", w[t] * d_s / sum(w), *with_error(moved, R[:, t] * share, z),
-                         snr, *with_error(scalar_snr, R[:, t], z), *with_error(snr_of, g)))
+    rows = [("Var(r)", .24, with_error(mean, total)),
+            ("within questions", .20, with_error(mean, within)),
+            ("between questions", .04, with_error(mean, total - within)),
+            ("left after the mean, eq. 14", .20 * (1 - 1 / group),
+             with_error(mean, centred.square().mean(1)))]
+    exact = torch.tensor([.075, -.025, -.025, -.025])
+    for name, A, length in (("no baseline", r, 1.), ("mean of the others", others, 1.),
+                            ("mean of all", centred, 1 - 1 / group)):
+        gradient = policy_gradient(A.flatten(), place.flatten(), 4, group)
+        along = gradient @ exact / exact.square().sum()
+        rows += [(f"length, {name}", length, with_error(mean, along)),
+                 (f"SNR, {name}", "", with_error(snr_of, gradient))]
     return rows
 
 
-def aim(beta: float, vague_score: float | None, questions: int = 20_000, seed: int = 0) -> tuple[float, Tensor, Tensor]:
-    """Cosine between the gradients of E[R] and E[r] when the agent can also say something vague: four places times two
-    labels, uniform policy; a specific label scores .8 or .3 with z, a vague one `vague_score` wherever it looks (None: as
-    a specific one, so that the score moves through z alone). Exact, sampled with groups of 8 and no division, its error."""
-    kind, centred = torch.arange(8), lambda value: value - value.mean()
-    place, vague = kind % 4, (kind >= 4) & (vague_score is not None)
-    r, s = torch.where(place == 0, .9, .25), torch.where(vague, vague_score or 0., torch.where(place == 0, .8, .3))
-    exact = torch.cosine_similarity(centred((1 - beta) * r + beta * s), centred(r), dim=0).item()
-    g = torch.Generator().manual_seed(seed)
-    action = torch.randint(0, 8, (questions * 8,), generator=g)
-    hit, noisy = (torch.rand(len(action), generator=g) < r[action]).float(), s[action] + .2 * torch.randn(len(action), generator=g)
-    A = advantages(hit, noisy[:, None], torch.ones(len(action), 1, dtype=torch.bool), 8, beta, std=False)
-    sampled = (A[:, None] * (torch.eye(8)[action] - 1 / 8)).view(questions, 8, -1).mean(1)
-    return exact, *with_error(lambda x: torch.cosine_similarity(x.mean(0), centred(r), dim=0), sampled)
+def vague_label(beta: float, vague_score: float | None) -> float:
+    """Where proposition 2 fails: the score depends on the words, not on z alone.
+
+    Four places times two labels, uniform policy. A specific label scores .8 or .3 with z, a vague
+    one `vague_score` everywhere (None: as a specific one). Returns the cosine between the gradients
+    of E[R] and of E[r], exactly."""
+    place, vague = torch.arange(8) % 4, torch.arange(8) >= 4
+    r, s = torch.where(place == 0, .9, .25), torch.where(place == 0, .8, .3)
+    if vague_score is not None:
+        s = torch.where(vague, vague_score, s)
+    R = (1 - beta) * r + beta * s                            # of each of the eight actions
+    return torch.cosine_similarity(R - R.mean(), r - r.mean(), dim=0).item()
 
 
-def stopping(baseline: str, group: int = 4, questions: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Baselines per turn when the policy decides how many turns there are. Turn 1: answer (reward .5) or go on; turn 2, if
-    there is one: look well (.9) or badly (.3); every choice has chance 1/2 and its own logit, (going on, looking well).
+def credit_effect(turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
+                  seed: int = 0) -> list[tuple]:
+    """Proposition 3: a look is paid with less noise if only what it can change is counted, eq. 18.
 
-    Expected gradient of a group, exactly (over all 3^group groups) or, with `questions`, sampled; and its error."""
-    chance, reward = torch.tensor([.5, .25, .25]), torch.tensor([[.5, 0], [0, .9], [0, .3]])    # answers, looks well, looks badly
-    phi = torch.tensor([[-.5, 0], [.5, .5], [.5, -.5]])                              # of each turn, in its own logit
-    kinds = (torch.multinomial(chance, questions * group, True, generator=torch.Generator().manual_seed(seed)).view(-1, group)
-             if questions else torch.cartesian_prod(*[torch.arange(3)] * group))
-    R, there = reward[kinds], torch.stack([kinds >= 0, kinds > 0], 2)                # (groups, group, 2 turns)
-    less_mean = lambda x: (x - (x * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)) * there
-    to_go = R.flip(2).cumsum(2).flip(2)
-    nothing = torch.zeros(kinds.numel(), 1)
-    A = {"whole trajectory": lambda: advantages(R.sum(2).view(-1), nothing, nothing, group, 0., std=False).view(*kinds.shape, 1),
-         "reward per turn": lambda: less_mean(R).flip(2).cumsum(2).flip(2),          # centred turn by turn, then summed
-         "return per turn": lambda: less_mean(to_go)}[baseline]()
-    g = (A * phi[kinds]).mean(1)
-    return (g.mean(0), g.std(0) / questions ** .5) if questions else (chance[kinds].prod(1) @ g, torch.zeros(2))
-
-
-def going_on(credit: str, scores: tuple[float, float, float] = (.4, .2, .96)) -> Tensor:
-    """Where turn_score is no reward-to-go: one, two or three looks with these scores, chance 1/2 to go on after each, lam = 1.
-    Expected update by the score, exact, of the logits of a second and of a third look (2,): for "trajectory" the gradient of E[S]."""
-    s, looked, chance = torch.tensor([scores] * 3), torch.ones(3, 3).tril().bool(), torch.tensor([.5, .25, .25])  # (kinds, turns)
-    S, to_go = trajectory_score(s, looked, 1.), turn_score(s, looked, 1.)
-    value = {"trajectory": S[:, None].expand(3, 3), "turn": to_go, "look": torch.where(looked, to_go, chance @ S)}[credit]
-    phi = torch.tensor([[-.5, 0], [.5, -.5], [.5, .5]])
-    return chance @ (value[:, 1:] * phi)
+    Three independent looks, S alone. Returns rows: turn and credit, eq. 18, (measured, error) on
+    what the look is paid, and (SNR, error) of its policy gradient."""
+    model = Looking()
+    place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
+    looked = torch.ones_like(s, dtype=torch.bool)
+    S, to_go = trajectory_score(s, looked, lam), score_to_go(s, looked, lam)
+    d_s, v_s = model.moments.d_s, model.moments.v_s
+    V = v_s + model.p * (1 - model.p) * d_s ** 2             # the variance of any look's score
+    w = [lam ** (turns - 1 - t) for t in range(turns)]
+    rows = []
+    for t in range(turns):
+        paid = {"trajectory": (S, range(turns)), "look": (to_go[:, t], range(t, turns)),
+                "aim": (s[:, t], [t])}
+        for credit, (R, counted) in paid.items():
+            noise = w[t] ** 2 * v_s + sum(w[u] ** 2 * V for u in counted if u != t)
+            A = advantages(torch.zeros(len(s)), s, looked, group, 1., lam, credit)
+            A = A if credit == "trajectory" else A[:, t]
+            gradient = policy_gradient(A, place[:, t], 4, group)
+            rows.append((f"turn {t + 1}, {credit}", (w[t] * d_s) ** 2 / noise,
+                         with_error(scalar_snr, R, place[:, t] == 0), with_error(snr_of, gradient)))
+    return rows
 
 
-def report() -> None:
-    """Every table of docs/theory.md."""
-    print("\n1. the group: noise between questions cancels" + f"{'predicted':>21}{'measured':>12}   error")
-    for what, predicted, measured, error in group_effect():
-        print(f"   {what:52}{predicted:11.4f}{measured:12.4f} ± {error:.4f}")
+def answers(luck: float, credit: str, beta: float = .4, count: int = 200_000,
+            seed: int = 0) -> list[tuple]:
+    """S in an answer's advantage: no signal, and noise of either sign, eq. 19.
 
-    betas = (0., .1, .2, .4, .6, .8, 1.)
-    head = "".join(f"  b={b:<4}" for b in betas)
-    print(f"\n2. the score: signal to noise{'':10}{head} ± at most  best b  hurts past")
-    for name, model in {"good score, sd .2": Looking(), "noisy score, sd .6": Looking(sd=.6),
-                        "useless score, mu_1 = mu_0": Looking(mu=(.5, .5)), "two options, luck 1/2": Looking(rho=.5),
-                        "no luck, noisy score": Looking(rho=0., eps=.05, sd=.6),
-                        "shared noise, c/v_r = .5": Looking(shared=.5), "shared noise, c/v_r = 1": Looking(shared=1.)}.items():
-        never = f"{model.break_even:10.3f}" if model.break_even < 1 else "     never"
-        print(f"   {name:27}eq. 8   " + "".join(f"{model.snr(b):8.3f}" for b in betas) + f"{'':10}{model.best_beta:8.3f}{never}")
-        samples = [sampled(model, b) for b in betas]
-        for kind, cells in (("returns ", [with_error(scalar_snr, R, z) for R, z, _ in samples]),
-                            ("gradient", [with_error(snr_of, g) for _, _, g in samples])):
-            print(f"{'':30}{kind}" + "".join(f"{value:8.3f}" for value, _ in cells) + f"{max(e for _, e in cells):10.3f}")
-    predicted, (R, R_error), (g, g_error) = edge(Looking(sd=.6), Looking(sd=.6).break_even)
-    print(f"   Ds/Dr = {.5 / .65:.3f}: with shared noise c/v_r below it a small b helps, above it none does.\n"
-          f"   noisy score at break-even, SNR over SNR at b=0: eq. 8 {predicted:.3f}, "
-          f"returns {R:.3f} ± {R_error:.3f}, gradient {g:.3f} ± {g_error:.3f}")
+    After one look the agent writes two words. The first decides: it is right with P(r | z), one
+    logit for each z. The second is a coin and changes nothing. One group of `count` trajectories,
+    so that its mean is the true one. Returns rows: what, predicted, (measured, error)."""
+    model, g = Looking(luck=luck), torch.Generator().manual_seed(seed)
+    place, r, s = model.sample((count,), g)
+    coin = torch.randint(0, 2, (count,), generator=g)
+    scores = torch.stack([s, torch.zeros(count)], 1)         # turn 2 is the answer
+    looked = torch.tensor([[True, False]]).expand(count, 2)
+    A = advantages(r, scores, looked, count, beta, credit=credit, std=False)
+    A = A if credit == "trajectory" else A[:, 1]
+    phi = r - torch.where(place == 0, 1 - model.eps, luck)
+    # predicted, over z and r: (1, 1), (1, 0), (0, 1), (0, 0)
+    p, right = torch.tensor([.25, .25, .75, .75]), torch.tensor([.9, .9, luck, luck])
+    outcome, mu = torch.tensor([1., 0., 1., 0.]), torch.tensor([.8, .8, .3, .3])
+    chance = p * torch.where(outcome == 1, right, 1 - right)
+    share = beta if credit == "trajectory" else 0.           # the weight of S in A
+    mean_A = (1 - beta) * (outcome - chance @ outcome) + share * (mu - chance @ mu)
+    square = mean_A ** 2 + (share * model.sd) ** 2           # E[A^2 | z, r]
+    mean = torch.Tensor.mean
+    return [("signal", chance @ (mean_A * (outcome - right)), with_error(mean, A * phi)),
+            ("noise, deciding word", chance @ (square * (outcome - right) ** 2),
+             with_error(mean, (A * phi).square())),
+            ("noise, other word", chance @ square / 4,
+             with_error(mean, (A * (coin - .5)).square()))]
 
-    print(f"\n   aim: cosine with grad E[r]{'':12}{head} ± at most")
-    for vague in (None, .2, .425, .95):
-        cells = [aim(b, vague) for b in betas]
-        name = "score through z alone" if vague is None else f"a vague label scores {vague}"
-        print(f"   {name:27}exact   " + "".join(f"{c[0]:8.3f}" for c in cells))
-        print(f"{'':30}sampled " + "".join(f"{c[1]:8.3f}" for c in cells) + f"{max(c[2] for c in cells):10.3f}")
 
-    print(f"\n3. credit over turns: three looks, S alone    what z_t moves of S{'':13}signal to noise{'':17}gradient's SNR\n"
-          f"{'':36}predicted measured   error  predicted measured   error   measured   error")
-    for what, moved, m, m_error, snr, n, n_error, g, g_error in credit_effect():
-        print(f"   {what:30}{moved:12.4f}{m:9.4f} ± {m_error:.4f}{snr:11.3f}{n:9.3f} ± {n_error:.3f} {g:10.3f} ± {g_error:.3f}")
+# ---- exactly: tables of trajectories -------------------------------------------------------------
+# A table has a row for each kind of trajectory: (chance, scores by turn, phi by logit). NONE is the
+# score of a turn without a look; phi is the gradient of the log-probability of what was chosen.
 
-    print(f"\n   turns by choice: gradient of{'':16}going on{'':20}looking well\n"
-          f"{'':33}exact      sampled{'':13}exact      sampled")
-    # of a choice: the chance to come to it x chance (1 - chance) x what it gains
-    print(f"   {'E[R]':27}{.25 * (.6 - .5):8.4f}{'':20}{.5 * .25 * (.9 - .3):8.4f}")
-    for baseline in ("whole trajectory", "reward per turn", "return per turn"):
-        (exact, _), (value, error) = stopping(baseline), stopping(baseline, questions=50_000)
-        print(f"   mean of {baseline:19}" + "  ".join(f"{x:8.4f}{v:9.4f} ± {e:.4f}" for x, v, e in zip(exact, value, error)))
-    print("   looks by choice: gradient of      a second look, a third look; exact")
-    for name, credit in (("S, whole trajectory", "trajectory"), ("turn_score, --credit turn", "turn"), ("--credit look", "look")):
-        print(f"   {name:27}{going_on(credit)[0]:8.4f}{going_on(credit)[1]:15.4f}")
+NONE = math.nan
 
-    print(f"\nluck: SNR at b=.4 over SNR at b=0{'':10}p(1-p) SNR:                 b=.4 over b=0\n"
-          f"   k options   SNR(0) SNR(.4)         b=0    b=.4    eq. 8   returns    error gradient    error  best b  eq. 8 there")
+
+def all_groups(chances: list[float], group: int) -> tuple[Tensor, Tensor]:
+    """Every group there can be, order aside: kinds (M, group), and the chance of each (M,)."""
+    kinds = torch.tensor(list(combinations_with_replacement(range(len(chances)), group)))
+    counts = torch.nn.functional.one_hot(kinds, len(chances)).sum(1)
+    orders = math.lgamma(group + 1) - torch.lgamma(counts + 1.).sum(1)
+    return kinds, orders.exp() * torch.tensor(chances)[kinds].prod(1)
+
+
+def expected_update(table: list[tuple], turn: list[int], credit: str, group: int = 8) -> Tensor:
+    """What the score alone does to each logit (D,): E[mean_i A_it phi_i], exactly.
+
+    turn (D,): the turn, from 0, in which each logit chooses."""
+    chances, scores, phi = zip(*table)
+    kinds, weight = all_groups(chances, group)
+    s = torch.tensor(scores)[kinds.flatten()]                # (M x group, T)
+    A = advantages(torch.zeros(len(s)), s.nan_to_num(), ~s.isnan(), group, 1., 1., credit,
+                   std=False)
+    if credit == "trajectory":
+        A = A[:, None].expand(s.shape)
+    return weight @ (A[:, turn].view(*kinds.shape, -1) * torch.tensor(phi)[kinds]).mean(1)
+
+
+# Scores .99, then .3: chance 1/2 to look again. The logit is that of a second look.
+FALLING = [(.5, [.99, NONE, NONE], [-.5]),
+           (.5, [.99, .3, NONE], [.5])]
+# Scores .4, .2, .96: chance 1/2 to look again after each. Logits: a second look, a third look.
+RISING = [(.5, [.4, NONE, NONE, NONE], [-.5, 0.]),
+          (.25, [.4, .2, NONE, NONE], [.5, -.5]),
+          (.25, [.4, .2, .96, NONE], [.5, .5])]
+# A first look scores .9, a second .5; once in ten the first turn fails, and the only look is late.
+BY_TURN = [(.45, [.9, NONE, NONE], [-.5]),
+           (.45, [.9, .5, NONE], [.5]),
+           (.1, [NONE, .9, NONE], [0.])]
+BY_LOOK = [*BY_TURN[:2], (.1, [.9, NONE, NONE], [0.])]       # the same, where looks are counted
+
+
+def first_look(look: float) -> list[tuple]:
+    """Look once, with chance `look`, for a score of .8, or answer at once."""
+    return [(1 - look, [NONE, NONE], [-look]),
+            (look, [.8, NONE], [1 - look])]
+
+
+def two_looks(first: float, beside: float, true: float, on: float = .7) -> list[tuple]:
+    """A true look scores .99, one beside .1. The first is true with chance `first`; with chance
+    `on` there is a second, true with chance `beside` or `true` after such a first one.
+
+    Logits: the first aim; going on after a look beside; after a true one; the second aim."""
+    miss = 1 - first
+    return [(miss * (1 - on), [.1, NONE, NONE], [-first, -on, 0., 0.]),
+            (miss * on * (1 - beside), [.1, .1, NONE], [-first, 1 - on, 0., -beside]),
+            (miss * on * beside, [.1, .99, NONE], [-first, 1 - on, 0., 1 - beside]),
+            (first * (1 - on), [.99, NONE, NONE], [miss, 0., -on, 0.]),
+            (first * on * (1 - true), [.99, .1, NONE], [miss, 0., 1 - on, -true]),
+            (first * on * true, [.99, .99, NONE], [miss, 0., 1 - on, 1 - true])]
+
+
+def kept(chance: float, group: int) -> float:
+    """Eq. 21."""
+    return 1 - (1 - (1 - chance) ** group) / (group * chance)
+
+
+def aim_objective(first: float, beside: float, true: float, on: float = .7,
+                  group: int = 8) -> list[float]:
+    """Eq. 20 for the four logits of `two_looks`, times eq. 21."""
+    miss, mean = 1 - first, (1 - first) * beside + first * true
+    spread = miss * beside * (1 - beside) + first * true * (1 - true)
+    first_aim = first * miss * .89 * kept(1., group)
+    second_turn = [miss * (1 - on) * (beside - mean), first * (1 - on) * (true - mean), spread]
+    return [first_aim, *(on * .89 * kept(on, group) * x for x in second_turn)]
+
+
+def stopping(baseline: str, group: int = 8) -> Tensor:
+    """Baselines by turn, where the policy decides how many turns there are.
+
+    Turn 1: answer, reward .5, or go on; turn 2: look well, .9, or badly, .3; each choice with
+    chance 1/2. Returns the expected gradient by the logits of going on and of looking well (2,)."""
+    kinds, weight = all_groups([.5, .25, .25], group)
+    reward = torch.tensor([[.5, 0.], [0., .9], [0., .3]])[kinds]             # (M, group, turns)
+    phi = torch.tensor([[-.5, 0.], [.5, .5], [.5, -.5]])[kinds]              # logit t is of turn t
+    came = torch.stack([kinds >= 0, kinds > 0], 2).float()                   # to turn t
+    count = came.sum(1, keepdim=True)
+    to_go = reward.flip(2).cumsum(2).flip(2)
+    total = to_go.sum(1, keepdim=True)
+    if baseline == "whole trajectory":
+        R, none = reward.sum(2).flatten(), torch.zeros(kinds.numel(), 1)
+        A = advantages(R, none, none, group, 0., std=False).view(*kinds.shape, 1)
+    elif baseline == "return, mean of others there":
+        A = to_go - (total - to_go) / (count - 1).clamp(min=1)
+    elif baseline == "return, mean of all there":
+        A = to_go - total / count.clamp(min=1)
+    else:                                                    # centred turn by turn, then summed
+        centred = (reward - reward.sum(1, keepdim=True) / count.clamp(min=1)) * came
+        A = centred.flip(2).cumsum(2).flip(2)
+    return weight @ (A * phi * came).mean(1)
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+def show(title: str, head: list, rows: list[tuple], width: int = 17, digits: int = 4) -> None:
+    """Print a table. A cell is a text, a number, or a pair: value ± error."""
+    def cell(value):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, tuple):
+            return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+        return f"{round(float(value), digits) + 0.:.{digits}f}"              # + 0.: no -0
+
+    print(f"\n{title}\n{'':33}" + "".join(f"{name:>{width}}" for name in head))
+    for name, *values in rows:
+        print(f"   {name:30}" + "".join(f"{cell(value):>{width}}" for value in values))
+
+
+def score_rows() -> list[tuple]:
+    """Proposition 2: eq. 15, measured on returns and on policy gradients."""
+    models = {"good score, sd .2": Looking(), "noisy score, sd .6": Looking(sd=.6),
+              "useless score": Looking(mu=(.5, .5)), "two options, luck 1/2": Looking(luck=.5),
+              "no luck, noisy score": Looking(luck=0., eps=.05, sd=.6),
+              "shared noise, c/v_r .5": Looking(shared=.5),
+              "shared noise, c/v_r 1": Looking(shared=1.)}
+    rows = []
+    for name, model in models.items():
+        m, samples = model.moments, [sampled(model, b) for b in BETAS]
+        rows.append((name, *(m.snr(b) for b in BETAS), "", m.best_beta,
+                     m.break_even if m.break_even < 1 else "never"))
+        for kind, found in (("returns", [with_error(scalar_snr, R, z) for R, z, _ in samples]),
+                            ("gradient", [with_error(snr_of, g) for *_, g in samples])):
+            values, errors = zip(*found)
+            rows.append((f"   {kind}", *values, max(errors)))
+    return rows
+
+
+def stopping_rows(group: int = 8) -> list[tuple]:
+    """Predicted and exact, going on; predicted and exact, looking well."""
+    most, share = 1 - 1 / group, kept(.5, group)
+    rows = []
+    for name, on, well in (("whole trajectory", .025 * most, .075 * most),
+                           ("return, mean of others there", .025, .075),
+                           ("return, mean of all there", .025 * most, .075 * share),
+                           ("reward, mean of all there", -.125 * most, .075 * share)):
+        exact = stopping(name, group)
+        rows.append((name, on, exact[0], well, exact[1]))
+    return rows
+
+
+def choice_rows() -> list[tuple]:
+    """What the score does to the choice to look, under each credit."""
+    rows = []
+    for name, table, logit, turn in (
+            ("scores .99, .3: look 2", FALLING, 0, [1]),
+            ("scores .4, .2, .96: look 2", RISING, 0, [1, 2]),
+            ("scores .4, .2, .96: look 3", RISING, 1, [1, 2]),
+            ("look at all, chance .1", first_look(.1), 0, [0]),
+            ("look at all, chance .5", first_look(.5), 0, [0]),
+            ("look at all, chance .9", first_look(.9), 0, [0]),
+            ("a late look, turns counted", BY_TURN, 0, [1]),
+            ("a late look, looks counted", BY_LOOK, 0, [1])):
+        rows.append((name, *(expected_update(table, turn, c)[logit] for c in CREDITS)))
+    return rows
+
+
+def two_looks_rows() -> list[tuple]:
+    rows = []
+    for name, world in {"at the start": (.33, .28, .28), "first look learnt": (.9, .5, .5),
+                        "better after true": (.5, .2, .6)}.items():
+        rows += [(f"{name}, {c}", *expected_update(two_looks(*world), [0, 1, 1, 1], c))
+                 for c in CREDITS]
+        rows.append(("   aim by eq. 20 and 21", *aim_objective(*world)))
+    return rows
+
+
+def luck_rows() -> list[tuple]:
+    rows = []
     for k, luck in (2, 1 / 2), (4, 1 / 4), (8, 1 / 8), ("open", .001):
-        model = Looking(rho=luck, eps=.05, mu=(.17, .64), sd=.06 ** .5)
-        predicted, *measured = edge(model, .4)
-        plain, coupled = model.snr(0), model.snr(.4)
-        print(f"   {k:<9}{plain:9.3f}{coupled:8.3f}{.1875 * plain:12.2f}{.1875 * coupled:8.2f}{predicted:9.2f}"
-              + "".join(f"{value:10.3f} ± {error:.3f}" for value, error in measured)
-              + f"{model.best_beta:8.2f}{model.snr(model.best_beta) / plain:8.2f}")
+        model = Looking(luck=luck, eps=.05, mu=(.17, .64), sd=.06 ** .5)
+        m, (predicted, gradient) = model.moments, edge(model, .4)
+        rows.append((f"{k} options", m.snr(0.), m.snr(.4), predicted, gradient, m.best_beta,
+                     m.snr(m.best_beta) / m.snr(0.)))
+    return rows
+
+
+def main() -> None:
+    betas = [f"b={b:g}" for b in BETAS] + ["±"]
+    show("1. the group", ["predicted", "measured"], group_effect())
+    show("2. the score: SNR by eq. 15, and measured", betas + ["best b", "hurts past"],
+         score_rows(), 11, 3)
+    show("a vague label: cosine of grad E[R] and grad E[r]", betas[:-1],
+         [(f"vague scores {score or 'as specific'}", *(vague_label(b, score) for b in BETAS))
+          for score in (None, .2, .425, .95)], 9, 3)
+    show("3. three looks, S alone: SNR", ["eq. 18", "measured", "gradient"], credit_effect(), 17, 3)
+    show("baselines by turn: gradient of", ["going on", "exact", "looking well", "exact"],
+         stopping_rows(), 14)
+    for luck in (.25, .5):
+        for credit in ("trajectory", "look"):
+            show(f"4. an answer's words, luck {luck}, credit {credit}", ["predicted", "measured"],
+                 answers(luck, credit))
+    show("what the score does to the choice to look", list(CREDITS), choice_rows(), 12)
+    show("two looks", ["first aim", "on, beside", "on, true", "second aim"], two_looks_rows(), 12)
+    show("5. luck", ["SNR, b=0", "b=.4", "ratio", "of gradients", "best b", "ratio there"],
+         luck_rows(), 16, 3)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report()
+    main()

@@ -1,67 +1,73 @@
-"""Questions about images: an embedded world to look at, and a reader for your own .jsonl files.
+"""Questions about images: what one is, when its evidence is seen, and how a file of them is read.
 
-What it teaches: *why an agent must look*. The world is a stand-in for V* (arXiv 2312.14135): a 768 x 768 canvas
-with small objects (a shape and a colour), each with a plate that carries a *mark*. The agent first sees the canvas
-reduced 8 times. Every mark is built from 8 x 8 tiles that are half dark and half light, so one pixel of the
-overview is the same grey whatever the mark: the overview holds no trace of it (tests/test_data.py proves it).
-Only a zoom shows the mark; without it, an answer is a guess among the options, and the number of options is the luck.
+What it teaches: what a look and an answer are judged by.
 
-    direct_attributes   "What mark is on the red circle?"                              one look
-    comparison          "What mark is on the red circle and the blue square?"          two looks
-    coarse_to_fine      as the first, in a scene at half size: a coarse look finds the object, a fine one reads it
+- *Was the evidence seen?* A crop `holds` a box of evidence if two thirds of the box lie inside.
+  It `shows` the box if it is also close enough to read it.
+- *What does the answer name?* An option is named by its text, by its letter, or by both (`choose`).
 
-Run it:  python data.py --out runs/world --n 12      # pictures + questions.jsonl, a file `eval.py --data` can read
+Your own questions stand in a .jsonl file, one object a line (here: two lines):
+
+    {"image": "a.png", "question": "What is on the sign?", "answer": "42", "choices": ["42", "17"],
+     "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}
+
+Only image, question and answer are needed. The image is a path relative to the file, or base64.
+Boxes are [x1, y1, x2, y2] in pixels of the original image.
+
+Run it:  python -m lib.data runs/world/questions.jsonl  # a summary; `python -m tiny.world` makes it
 """
 import argparse
 import base64
-import binascii
 import functools
 import io
 import json
 import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
 
-import numpy as np
 from PIL import Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
 
 
-
 class DataError(ValueError):
-    """A question that cannot be read; says which file, line and field, what was found and what was expected."""
+    """A question that cannot be read: which file, line and field, what was found and expected."""
 
 
 @dataclass
 class Question:
-    """One question about one image. `open()` loads the image; a list of questions holds no pixels."""
+    """One question about one image. `open()` loads the image; a list of questions holds none."""
     text: str
     answer: str
     open: Callable[[], Image.Image] = field(repr=False)
-    choices: tuple[str, ...] = ()           # empty: an open question
+    choices: tuple[str, ...] = ()  # empty: an open question
     category: str = ""
-    boxes: tuple[Box, ...] = ()             # evidence: every one of these must be seen to know the answer; () = unknown
-    objects: dict[str, Box] = field(default_factory=dict)  # what is where, by name; {} = unknown (real photographs)
-    marks: dict[str, str] = field(default_factory=dict)    # and which mark it carries, for demonstrations
+    boxes: tuple[Box, ...] = ()    # all of them must be seen to know the answer; () = unknown
+    objects: dict[str, Box] = field(default_factory=dict)  # what is where; {} = unknown
+    marks: dict[str, str] = field(default_factory=dict)    # what each carries (tiny/world.py)
     id: str = ""
-    meta: dict[str, str] = field(default_factory=dict)     # what a benchmark's scoring needs (benchmarks.py)
+    meta: dict[str, str] = field(default_factory=dict)     # what a benchmark's rule needs
 
     @property
     def prompt(self) -> str:
         """The text that the agent reads: the question, then lettered options."""
-        options = " ".join(f"({chr(65 + i)}) {choice}" for i, choice in enumerate(self.choices))
-        return f"{self.text}\nOptions: {options}" if options else self.text
+        if not self.choices:
+            return self.text
+        options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(self.choices)]
+        return f"{self.text}\nOptions: {' '.join(options)}"
 
 
-# ---- when is evidence seen? ------------------------------------------------------------------------------------
+# ---- when is evidence seen? ----------------------------------------------------------------------
 
 def coverage(box: Box, target: Box) -> float:
     """Share of the target's area that lies inside the box."""
     width = min(box[2], target[2]) - max(box[0], target[0])
     height = min(box[3], target[3]) - max(box[1], target[1])
-    return max(width, 0) * max(height, 0) / ((target[2] - target[0]) * (target[3] - target[1]))
+    area = (target[2] - target[0]) * (target[3] - target[1])
+    return max(width, 0) * max(height, 0) / area
 
 
 def holds(box: Box, target: Box) -> bool:
@@ -70,19 +76,51 @@ def holds(box: Box, target: Box) -> bool:
 
 
 def shows(box: Box, target: Box) -> bool:
-    """The crop contains the target *and* is close enough to read it: no side longer than 2.5 times the target's longest.
+    """The crop contains the target and is close enough to read it.
 
-    A crop keeps a bounded number of pixels, so a wide one is as blurred as the overview (test_data.py)."""
-    longest = lambda b: max(b[2] - b[0], b[3] - b[1])
-    return holds(box, target) and longest(box) <= 2.5 * longest(target)
+    Close enough: its longest side is at most 2.5 times the target's. A crop keeps a bounded number
+    of pixels, so a wide one is as blurred as the overview (tests/test_world.py)."""
+    return holds(box, target) and longest_side(box) <= 2.5 * longest_side(target)
 
 
-# ---- your own questions ----------------------------------------------------------------------------------------
+def longest_side(box: Box) -> float:
+    return max(box[2] - box[0], box[3] - box[1])
+
+
+# ---- what does an answer name? -------------------------------------------------------------------
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, without punctuation that is no part of a word.
+
+    A text of signs alone stays as it is: "<5" is not ">5", and "+" is not "-"."""
+    words = re.findall(r"[\w.%<>+#$-]*\w[\w%+#]*", text.lower())
+    return " ".join(words) or text.strip()
+
+
+def choose(answer: str, choices: tuple[str, ...]) -> int | None:
+    """The index of the option that an answer names, or None.
+
+    It may give the option's text, its letter ("B", "(b)", "B."), or its letter and its text. A
+    letter somewhere in a sentence names nothing."""
+    texts = [normalise(choice) for choice in choices]
+    said = normalise(answer)
+    if said in texts:
+        return texts.index(said)
+    match = re.fullmatch(r"\s*\(?([A-Za-z])[).:]?\s*(.*?)\s*", answer, re.DOTALL)
+    if match:
+        index = ord(match[1].upper()) - ord("A")
+        rest = normalise(match[2])
+        if index < len(choices) and rest in ("", texts[index]):
+            return index
+    return None
+
+
+# ---- files of questions --------------------------------------------------------------------------
 
 def read_jsonl(path: str | Path) -> Iterator[Question]:
-    """Questions from a .jsonl file, one object a line: image (a path relative to the file, or base64), question,
-    answer; optional choices, category, boxes ([[x1, y1, x2, y2], ..] in pixels of the original), objects
-    ({name: box}), id. Blank lines are skipped. Raises DataError with file, line and field."""
+    """Questions from a .jsonl file (format: the top of this file). Blank lines are skipped.
+
+    Raises DataError with file, line and field."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one JSON object a line")
@@ -90,89 +128,133 @@ def read_jsonl(path: str | Path) -> Iterator[Question]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield parse_record(line, path, f"{path}:{number}", f"{path.stem}-{number}", offset)
+                again = functools.partial(read_image_field, path, offset, len(line))
+                yield parse_record(line, path, number, again)
             offset += len(line)
 
 
-def parse_record(line: bytes, path: Path, where: str, default_id: str, offset: int) -> Question:
-    """`offset`: where the line begins in the file, so that a picture in base64 is read again instead of held."""
-    def fail(name, expected, found):
-        found = repr(found)
-        raise DataError(f"{where}: field '{name}': expected {expected}, found {found[:80]}")
+def read_image_field(path: Path, offset: int, length: int) -> str:
+    """The image field of the line at `offset`: a list of questions need not hold pictures."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return json.loads(file.read(length))["image"]
 
+
+def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str]) -> Question:
+    """One line of a .jsonl file -> Question. again: see `image_opener`. Raises DataError."""
+    where = f"{path}:{number}"
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected one JSON object, found {line.strip()[:60]!r} ({error})") from None
+        found = f"{line.strip()[:60]!r} ({error})"
+        raise DataError(f"{where}: expected one JSON object, found {found}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
     for name in ("image", "question", "answer"):
         if name not in record:
             raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
-        if not isinstance(record[name], str) or not record[name].strip():
-            fail(name, "a text that is not empty", record[name])
+        text = isinstance(record[name], str) and record[name].strip()
+        expect(text, where, name, "a text that is not empty", record[name])
     choices = record.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or len(choices) > 26:
-        fail("choices", "a list of at most 26 texts", choices)
-
-    def as_box(name, value) -> Box:
-        numbers = isinstance(value, list) and len(value) == 4 and all(
-            type(v) in (int, float) and abs(v) < 1e9 for v in value)  # NaN and bool fail here too
-        if not numbers or value[0] >= value[2] or value[1] >= value[3]:
-            fail(name, "[x1, y1, x2, y2] with x1 < x2 and y1 < y2", value)
-        return tuple(value)
-
-    def again() -> str:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return json.loads(file.read(len(line)))["image"]
-
-    boxes, objects = record.get("boxes") or [], record.get("objects") or {}
-    if not isinstance(boxes, list):
-        fail("boxes", "a list of boxes", boxes)
-    if not isinstance(objects, dict):
-        fail("objects", "an object of name: box", objects)
-    return Question(record["question"], record["answer"], image_opener(record["image"], path.parent, where, again),
-                    tuple(choices), str(record.get("category") or ""), tuple(as_box("boxes", b) for b in boxes),
-                    {k: as_box("objects", b) for k, b in objects.items()},
-                    id=str(record.get("id") or default_id))
+    boxes = record.get("boxes") or []
+    objects = record.get("objects") or {}
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    expect(texts and len(choices) <= 26, where, "choices", "a list of at most 26 texts", choices)
+    expect(isinstance(boxes, list), where, "boxes", "a list of boxes", boxes)
+    expect(isinstance(objects, dict), where, "objects", "an object of name: box", objects)
+    return Question(
+        text=record["question"],
+        answer=record["answer"],
+        open=image_opener(record["image"], path.parent, where, again),
+        choices=tuple(choices),
+        category=str(record.get("category") or ""),
+        boxes=tuple(parse_box(where, "boxes", box) for box in boxes),
+        objects={name: parse_box(where, "objects", box) for name, box in objects.items()},
+        id=str(record.get("id") or f"{path.stem}-{number}"))
 
 
-def image_opener(text: str, folder: Path, where: str, again: Callable[[], str] | None = None) -> Callable[[], Image.Image]:
-    """A function that opens the image named (or contained, as base64) in `text`. Checked now, opened when asked; `again`
-    reads the text anew then, so that a list of questions holds no pictures."""
-    def decode(text: str) -> bytes:
+def parse_box(where: str, name: str, value: object) -> Box:
+    is_box = isinstance(value, list) and len(value) == 4
+    if is_box:  # a bool is no number here, and neither are NaN and infinity
+        is_box = all(type(side) in (int, float) and abs(side) < 1e9 for side in value)
+    is_box = is_box and value[0] < value[2] and value[1] < value[3]
+    expect(is_box, where, name, "[x1, y1, x2, y2] with x1 < x2 and y1 < y2", value)
+    return tuple(value)
+
+
+def expect(ok: object, where: str, name: str, expected: str, found: object) -> None:
+    if not ok:
+        found = repr(found)[:80]
+        raise DataError(f"{where}: field '{name}': expected {expected}, found {found}")
+
+
+def image_opener(text: str, folder: Path, where: str,
+                 again: Callable[[], str] | None = None) -> Callable[[], Image.Image]:
+    """A function that opens the image that `text` names (a file in `folder`) or contains (base64).
+
+    The text is checked now, and the image opened when asked: then `again` gives the text anew, so
+    that nobody keeps it. Both raise DataError, which begins with `where`."""
+    file = None
+    if len(text) < 1024 and os.path.isfile(folder / text):  # False for a name that is too long
+        file = folder / text
+    elif len(decode_base64(text)) < 16:
+        expected = f"a file beside {folder} or base64"
+        raise DataError(f"{where}: field 'image': expected {expected}, found {text[:60]!r}")
+    again = again or (lambda: text)
+
+    def load() -> Image.Image:
         try:
-            return base64.b64decode(text.split(",", 1)[-1] if text.startswith("data:") else text, validate=True)
-        except (binascii.Error, ValueError):
-            return b""
-
-    file = folder / text if len(text) < 1024 else None
-    if file is not None and os.path.isfile(file):  # unlike Path.is_file, False for a name that is too long
-        source = lambda: file
-    elif len(decode(text)) < 16:
-        raise DataError(f"{where}: field 'image': expected a file beside {folder} or base64, found {text[:60]!r}")
-    else:
-        again = again or (lambda: text)
-        source = lambda: io.BytesIO(decode(again()))
-
-    def load():
-        try:
-            return Image.open(source()).convert("RGB")
+            source = file or io.BytesIO(decode_base64(again()))
+            return Image.open(source).convert("RGB")
         except Exception as error:  # Pillow's readers raise nearly anything on broken files
-            raise DataError(f"{where}: field 'image': expected a picture that Pillow can read, found: {error}") from None
+            raise DataError(f"{where}: field 'image': expected a picture that Pillow can read, "
+                            f"found: {error}") from None
 
     return load
 
 
+def decode_base64(text: str) -> bytes:
+    """Also of a data URI, "data:image/png;base64,...". Empty if the text is not base64."""
+    if text.startswith("data:"):
+        text = text.split(",", 1)[-1]
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return b""
+
+
 def write_jsonl(questions: list[Question], folder: str | Path) -> Path:
-    """Save questions with their images in the format that `read_jsonl` reads; returns the .jsonl file's path."""
+    """Save questions and their images as `read_jsonl` reads them; returns the .jsonl file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
-        for i, q in enumerate(questions):
-            q.open().save(folder / f"{i:04d}.png")
-            file.write(json.dumps({"image": f"{i:04d}.png", "question": q.text, "answer": q.answer,
-                                   "choices": q.choices, "category": q.category, "boxes": q.boxes,
-                                   "objects": q.objects, "id": q.id}) + "\n")
-    return folder / "questions.jsonl"
+    path = folder / "questions.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i, question in enumerate(questions):
+            question.open().save(folder / f"{i:04d}.png")
+            record = {"image": f"{i:04d}.png", "question": question.text,
+                      "answer": question.answer, "choices": question.choices,
+                      "category": question.category, "boxes": question.boxes,
+                      "objects": question.objects, "id": question.id}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def show_count(name: str, values: list) -> None:
+    counts = [f"{value}: {count}" for value, count in Counter(values).most_common(8)]
+    print(f"{name:12}{', '.join(counts)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Summarise a .jsonl file of questions.")
+    parser.add_argument("file", help="one JSON object a line")
+    try:
+        questions = list(read_jsonl(parser.parse_args().file))
+        sizes = [question.open().size for question in questions]  # a broken image is found here
+    except DataError as error:
+        raise SystemExit(str(error))
+    print(f"{len(questions)} questions")
+    show_count("categories", [question.category for question in questions])
+    show_count("options", [len(question.choices) for question in questions])
+    show_count("image sizes", [f"{width} x {height}" for width, height in sizes])
+    for question in questions[:3]:
+        print(f"\n{question.prompt}\n-> {question.answer}")

@@ -1,25 +1,31 @@
 """The vision-language model as a policy: tokens in, tokens out.
 
-What it teaches: everything between a Hugging Face model and an RL loop. Images become features once and placeholders
-in the token sequence; M-RoPE gives every token three positions (time, height, width); a `Session` samples a batch of
-conversations over several turns in one KV cache, with each question's prompt prefilled once for its whole group; and
-`logprobs` recomputes, for training, the log-probabilities of the agent's own tokens only.
+What it teaches: all that stands between a Hugging Face model and an RL loop. It is one way:
 
-One rule holds it together: *the sampler and the trainer evaluate the same distribution*, log_softmax of the logits
-over temperature with image placeholders banned, so that the ratio of new to old policy is 1 before a step,
-up to rounding (tests/test_policy.py holds the two within 1e-4 in float32, for any padding and batch order).
+    an image  -> features, and a placeholder id for each of them      encode_images
+    a text    -> ids                                                  tokens, prompt, observation
+    ids       -> a hidden state for each token                        hidden, hidden_after
+    a state   -> one distribution over the next token                 log_softmax
+    sequences -> log-probabilities of the agent's own tokens          own_states, logprobs
 
-Run it:  python policy.py            # loads tiny/, samples, recomputes, and prints the largest difference
+The one distribution, for a hidden state h, the model's last matrix W and a temperature T, is
+
+    log pi(token | h) = log_softmax(W h / T), without the ids of image placeholders
+
+The sampler (lib/sampler.py) and the trainer both use it. So the ratio of the new policy to the old
+one is 1 before a step: within 1e-4 in float32, for any padding, any order of the batch and any
+number of turns (tests/test_sampler.py).
+
+Run it:  python -m lib.policy  # a small picture: its tokens, positions, log-probabilities
 """
 import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -27,225 +33,114 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from tools import Resolution, system_prompt
+from tools import Resolution, fit, system_prompt
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
 
 @dataclass
 class Tokens:
-    """A piece of conversation: token ids, and for each image in it the grid of its placeholders and its features."""
+    """A piece of a conversation: its ids, and for each image in it a grid and features."""
     ids: list[int]
-    grids: list[tuple[int, int]] = field(default_factory=list)   # (height, width) in placeholders
-    features: list[Tensor] = field(default_factory=list)         # (height x width, D) each, with DeepStack (.., D + k D)
-    patches: list[Tensor] = field(default_factory=list)          # what they were computed from, if the vision tower learns
+    grids: list[tuple[int, int]] = field(default_factory=list)  # (height, width) in placeholders
+    features: list[Tensor] = field(default_factory=list)  # (height * width, D) each
 
     def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.ids + other.ids, self.grids + other.grids, self.features + other.features, self.patches + other.patches)
+        return Tokens(self.ids + other.ids, self.grids + other.grids,
+                      self.features + other.features)
 
     def cut(self, start: int, stop: int | None = None, image: int = 0) -> "Tokens":
         """ids[start:stop], and the images from number `image` on."""
-        return Tokens(self.ids[start:stop], self.grids[image:], self.features[image:], self.patches[image:])
-
-
-def distinct(items: list) -> tuple[list, list[int]]:
-    """The different objects among the items, and for each item which of them it is: what is shared is computed once."""
-    objects = {id(item): item for item in items}
-    place = {key: i for i, key in enumerate(objects)}
-    return list(objects.values()), [place[id(item)] for item in items]
-
-
-def mrope_positions(ids: Tensor, grids: list[tuple[int, int]], image_id: int, start: int = 0) -> tuple[Tensor, int]:
-    """M-RoPE (Qwen2-VL, arXiv 2409.12191, sec. 2.1): ids (L,) -> positions (3, L) and the next free position.
-
-    A text token has the same position on all three axes. An image of h x w placeholders starts at p: token (i, j)
-    gets (p, p + i, p + j), and what follows it continues at p + max(h, w)."""
-    is_image = ids == image_id
-    if sum(h * w for h, w in grids) != int(is_image.sum()):
-        raise ValueError(f"{int(is_image.sum())} image placeholders for grids {grids}: the counts must agree")
-    positions, column, images = torch.empty(3, len(ids), dtype=torch.long), 0, iter(grids)
-    while column < len(ids):
-        if is_image[column]:
-            h, w = next(images)
-            grid = torch.stack([torch.zeros(h, w), *torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")])
-            positions[:, column:column + h * w] = grid.reshape(3, -1).long() + start
-            column, start = column + h * w, start + max(h, w)
-        else:
-            images_ahead = is_image[column:].nonzero()
-            length = int(images_ahead[0]) if len(images_ahead) else len(ids) - column
-            positions[:, column:column + length] = torch.arange(start, start + length)
-            column, start = column + length, start + length
-    return positions, start
-
-
-def causal(mask: Tensor, new: int) -> Tensor:
-    """mask (B, P + L), which columns are real -> (B, 1, L, P + L), which of them each of the `new` = L last ones attends to:
-    all real ones before it, and itself (also where it is padding: a softmax over nothing would be NaN)."""
-    column = torch.arange(mask.shape[1], device=mask.device)
-    query = column[-new:, None]
-    return ((mask[:, None] & (column < query)) | (column == query))[:, None]
-
-
-def recomputed(forward: Callable, *args, **kwargs):
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(W h / T) at one token a row, and the entropy there, with the backward pass by hand:
-
-        d logp_y / d logits = (1 at y) - p
-
-    Logits are V numbers a token, more than all else of it. They exist for `chunk` tokens at a time, are changed in place, and are
-    computed again in the backward pass; autograd would keep several copies of all of them."""
-
-    @staticmethod
-    def logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
-        """(n, D) -> (n, V) in float32. Banned: finite, so that 0 times it is 0, and too small to have an exp."""
-        return F.linear(hidden / temperature, weight).float().index_fill_(-1, banned, -1e30)
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, banned: Tensor, temperature: float,
-                chunk: int) -> tuple[Tensor, Tensor]:
-        """hidden (N, D), targets (N,) -> logp (N,), and entropy (N,), which has no gradient."""
-        logp, entropy, norms = [], [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = TokenLogprobs.logits(h, weight, banned, temperature)
-            norm = logits.logsumexp(-1, keepdim=True)
-            logp.append((logits.gather(-1, y[:, None]) - norm)[:, 0])
-            entropy.append(norm[:, 0] - torch.einsum("nv,nv->n", (logits - norm).exp_(), logits))
-            norms.append(norm)
-        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(norms))
-        ctx.settings = temperature, chunk
-        entropy = torch.cat(entropy)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logp), entropy
-
-    @staticmethod
-    def backward(ctx, slope: Tensor, _) -> tuple:
-        (hidden, weight, targets, banned, norms), (temperature, chunk) = ctx.saved_tensors, ctx.settings
-        to_hidden, to_weight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for h, y, norm, g in zip(*(x.split(chunk) for x in (hidden, targets[:, None], norms, slope[:, None]))):
-            p = TokenLogprobs.logits(h, weight, banned, temperature).sub_(norm).exp_()
-            to_logits = p.mul_(-g).scatter_add_(-1, y, g).to(weight.dtype)
-            to_hidden.append(to_logits @ weight / temperature)
-            if to_weight is not None:
-                to_weight.addmm_(to_logits.T, h / temperature)
-        return torch.cat(to_hidden), to_weight, None, None, None, None
-
-
-def read_config(path: str | Path):
-    """Of a model directory. A name on the hub is no directory: nothing is downloaded.
-
-    Raises FileNotFoundError for a folder without a model, ValueError for a model of another kind."""
-    if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json; expected the folder of a Hugging Face model")
-    config = AutoConfig.from_pretrained(path)
-    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
-        raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, found {config.model_type}")
-    return config
+        return Tokens(self.ids[start:stop], self.grids[image:], self.features[image:])
 
 
 class Policy:
-    """A model directory of the Qwen2.5-VL or Qwen3-VL family with its tokenizer and image processor."""
+    """A model directory of the Qwen2.5-VL or Qwen3-VL family."""
 
-    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, coordinates: str | None = None):
-        """coordinates: in what the agent gives its boxes: "pixels" of the image that it sees (Qwen2.5-VL) or "1000", thousandths of
-        its sides (Qwen3-VL); None: as the directory's agent.json says, else pixels.
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                 coordinates: str | None = None):
+        """coordinates: in what the agent gives its boxes. "pixels": of the image that it sees
+        (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says.
 
         Raises what read_config raises."""
         self.path, config = Path(path), read_config(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        # AutoProcessor would ask for torchvision, because of video; the two parts that we need do not
+        # AutoProcessor asks for torchvision, because of video. The two parts that we need do not.
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
-        self.device, self.image_id = torch.device(device), config.image_token_id
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        self.model, self.device = model.to(device).eval(), torch.device(device)
         self.language = self.model.model.language_model
-        size, merge = self.processor.size, self.processor.merge_size
-        self.merge = merge
-        self.resolution = Resolution(self.processor.patch_size * merge, size["shortest_edge"], size["longest_edge"])
-        note = self.path / "agent.json"  # our own models bring theirs; others get the prompt in tools.py
+
+        self.merge = self.processor.merge_size  # a placeholder stands for merge x merge patches
+        size = self.processor.size
+        self.resolution = Resolution(self.processor.patch_size * self.merge,
+                                     size["shortest_edge"], size["longest_edge"])
+
+        note = self.path / "agent.json"  # how an agent of ours was taught to speak
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         self.coordinates = coordinates or agent.get("coordinates", "pixels")
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
-        self.encode = functools.lru_cache(4096)(functools.partial(self.tokenizer.encode, add_special_tokens=False))  # most pieces come again
-        self.value_head: torch.nn.Linear | None = None  # only PPO has one
-        self.train_vision = False                       # True: images keep their patches, and are encoded again where gradients are
-        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        vision = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
-        self.banned = torch.tensor([i for t, i in self.tokenizer.get_added_vocab().items() if t in vision], device=device)
-        pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # may be larger than the tokenizer's
-        self.closes = torch.tensor([">" in (p or "") for p in pieces] + [False] * (vocabulary - len(pieces)), device=device)
 
-    def add_value_head(self) -> None:
-        """V(state), a linear map of the hidden state from which the next token is chosen, for PPO. It starts at 0, reads the
-        policy's hidden states without gradient, and so never disturbs the policy."""
-        self.value_head = torch.nn.Linear(self.model.get_input_embeddings().embedding_dim, 1, device=self.device)
-        torch.nn.init.zeros_(self.value_head.weight)
-        torch.nn.init.zeros_(self.value_head.bias)
+        words = self.tokenizer.get_added_vocab()
+        self.image_id, self.end_id = config.image_token_id, words["<|im_end|>"]
+        self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
 
-    def learners(self, vision: bool = False) -> list[torch.nn.Parameter]:
-        """Freeze the model but for its language model and, with `vision`, its vision tower; returns what learns."""
-        self.train_vision = vision
-        self.model.requires_grad_(False)
-        return [p.requires_grad_() for name, p in self.model.named_parameters() if vision or "visual" not in name]
+    def freeze_vision(self) -> list[torch.nn.Parameter]:
+        """Only the language model learns: returns its parameters. An image's features then never
+        change, and it is encoded once for sampling, training and the semantic score."""
+        self.model.requires_grad_(True)
+        self.model.model.visual.requires_grad_(False)
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def recompute_layers(self) -> None:
-        """Activation checkpointing: backward computes each layer again, and none is stored.
+        """Activation checkpointing: the backward pass computes each layer again, none is stored.
         (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
-        for layer in [*self.language.layers, *self.model.model.visual.blocks]:
-            layer.forward = functools.partial(recomputed, layer.forward)
+        for layer in self.language.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
-        """The range of the boxes' coordinates for an image that is seen at (width, height) pixels."""
+        """The range of a box's coordinates, if the image is seen at (width, height) pixels."""
         return seen if self.coordinates == "pixels" else (1000, 1000)
 
-    # ---- text and images -> Tokens -----------------------------------------------------------------------------
+    # ---- images and texts -> Tokens
 
+    @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> list[Tokens]:
-        """Placeholders with features, one `Tokens` an image. The images have the size that the model shall see.
-
-        Without gradients: where the vision tower is frozen, an image is encoded once for sampling, training and score."""
+        """The vision tower. The images have the size that the model shall see."""
         if not images:
             return []
         batch = self.processor(images=images, do_resize=False, return_tensors="pt")
-        grids = [(h // self.merge, w // self.merge) for _, h, w in batch["image_grid_thw"].tolist()]
-        patches = batch["pixel_values"].split([h * w * self.merge ** 2 for h, w in grids])
-        with torch.no_grad():
-            features = self.see(patches, grids)
-        return [Tokens([self.image_id] * (h * w), [(h, w)], [f], [p] if self.train_vision else [])
-                for (h, w), f, p in zip(grids, features, patches)]
-
-    def see(self, patches: Sequence[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
-        """The vision tower: the processor's patches of each image -> its features."""
-        shapes = torch.tensor([[1, h * self.merge, w * self.merge] for h, w in grids], device=self.device)
-        output = self.model.get_image_features(torch.cat(patches).to(self.device, self.model.dtype), shapes)
-        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]  # Qwen3-VL has the latter
-        return [torch.cat(f, -1) for f in zip(*layers)]
-
-    def features(self, batch: list[Tokens]) -> list[Tensor]:
-        """Of all images in the batch; with gradients, if the vision tower learns. Images that rows share are encoded once."""
-        if not self.train_vision or not torch.is_grad_enabled():
-            return [f for t in batch for f in t.features]
-        patches, which = distinct([p for t in batch for p in t.patches])
-        grids = dict(zip(which, [g for t in batch for g in t.grids]))
-        seen = self.see(patches, [grids[i] for i in range(len(patches))]) if patches else []
-        return [seen[i] for i in which]
+        shapes = batch["image_grid_thw"].to(self.device)  # time, height, width in patches
+        patches = batch["pixel_values"].to(self.device, self.model.dtype)
+        output = self.model.get_image_features(patches, shapes)
+        # Qwen3-VL has DeepStack (arXiv 2406.04334): features of inner layers of the tower as well.
+        # Here they stand beside the last ones, and an image's features are (height * width, .. D).
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+        encoded = []
+        for (_, height, width), *parts in zip(shapes.tolist(), *layers):
+            features, grid = torch.cat(parts, -1), (height // self.merge, width // self.merge)
+            encoded.append(Tokens([self.image_id] * len(features), [grid], [features]))
+        return encoded
 
     def tokens(self, *parts: "str | Tokens") -> Tokens:
-        """Concatenate texts and encoded images. Text is trusted: special tokens in it become special tokens."""
+        """Join texts and encoded images. Text is trusted: special tokens in it become special."""
         result = Tokens([])
         for part in parts:
-            result = result + (Tokens(list(self.encode(part))) if isinstance(part, str) else part)
+            if isinstance(part, str):
+                part = Tokens(self.tokenizer.encode(part, add_special_tokens=False))
+            result = result + part
         return result
 
     def prompt(self, image: Tokens, text: str) -> Tokens:
-        """The conversation's opening in ChatML: system prompt (unless empty), image, question, the agent's turn."""
-        system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n" if self.system_prompt else ""
-        text = text.replace("<|", "< |")  # a question must not smuggle in special tokens
+        """How a conversation opens, in ChatML: system prompt (unless empty), image, question."""
+        system = ""
+        if self.system_prompt:
+            system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n"
         return self.tokens(f"{system}<|im_start|>user\n<|vision_start|>", image,
-                           f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
+                           f"<|vision_end|>{harmless(text)}<|im_end|>\n<|im_start|>assistant\n")
 
     def observation(self, content: "Tokens | str") -> Tokens:
         """What the tool returned, as a user turn after the agent's: a crop, or an error's text."""
@@ -257,117 +152,301 @@ class Policy:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    # ---- Tokens -> hidden states -------------------------------------------------------------------------------
+    # ---- Tokens -> hidden states
 
-    def hidden(self, batch: list[Tokens], starts: list[int] | None = None, left: bool = False, past: Tensor | None = None,
-               cache: Cache | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """The language model over a padded batch: last hidden states (B, L, D), mask (B, P + L), next positions (B).
+    def hidden(self, batch: list[Tokens], starts: list[int] | None = None,
+               past: Tensor | None = None, cache: Cache | None = None
+               ) -> tuple[Tensor, Tensor, list[int]]:
+        """The language model over rows of tokens, padded at their ends.
 
-        With a cache, the batch continues conversations whose mask was `past` (B, P) and whose positions go on at `starts`."""
-        longest = max(len(t.ids) for t in batch)
-        ids = torch.full((len(batch), longest), self.end_id)
-        mask = torch.zeros(len(batch), longest, dtype=torch.bool)
-        positions = torch.zeros(3, len(batch), longest, dtype=torch.long)
-        ends = []
-        for row, (tokens, start) in enumerate(zip(batch, starts or [0] * len(batch))):
-            n = len(tokens.ids)
-            span = slice(longest - n, None) if left else slice(0, n)
-            row_ids = torch.tensor(tokens.ids)
-            ids[row, span], mask[row, span] = row_ids, True
-            positions[:, row, span], end = mrope_positions(row_ids, tokens.grids, self.image_id, start)
+        Returns the last hidden states (B, L, D), which columns are real (B, P + L), and each row's
+        next free position. If a cache holds P earlier columns, `past` (B, P) says which of them
+        are real, and `starts` where each row's positions go on."""
+        positions, ends = [], []
+        for tokens, start in zip(batch, starts or [0] * len(batch)):
+            row, end = mrope_positions(tokens.ids, tokens.grids, self.image_id, start)
+            positions.append(row)
             ends.append(end)
-        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        mask = mask if past is None else torch.cat([past, mask], 1)
-        embeddings, more = self.language.embed_tokens(ids), {}
-        if features := self.features(batch):
-            images, width = ids == self.image_id, embeddings.shape[-1]
-            first, *deeper = torch.cat(features).to(embeddings).split(width, -1)
-            embeddings = embeddings.masked_scatter(images[..., None], first)
-            if deeper:  # DeepStack (arXiv 2406.04334): later vision features join in the next layers
-                more = {"visual_pos_masks": images, "deepstack_visual_embeds": deeper}
-        attended = None if cache is None and not left else causal(mask, longest)  # padding at the end is after all that is real
-        return self.language(inputs_embeds=embeddings, attention_mask=attended, position_ids=positions,
-                             past_key_values=cache, use_cache=cache is not None, **more).last_hidden_state, mask, ends
+        ids = padded([t.ids for t in batch], self.end_id).to(self.device)  # (B, L)
+        mask = padded([[True] * len(t.ids) for t in batch], False).to(self.device)  # (B, L)
+        positions = padded(positions, (0, 0, 0)).permute(2, 0, 1).to(self.device)  # (3, B, L)
+
+        embeddings = self.language.embed_tokens(ids)  # (B, L, D)
+        deepstack = {}
+        features = [feature for tokens in batch for feature in tokens.features]
+        if features:  # they take the placeholders' places ..
+            is_image = ids == self.image_id
+            first, *others = torch.cat(features).to(embeddings).split(embeddings.shape[-1], -1)
+            embeddings = embeddings.masked_scatter(is_image[..., None], first)
+            if others:  # .. and those of inner layers are added in the language model's layers
+                deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": others}
+
+        # None: a token attends to all before it. At first that is right, because padding comes
+        # after all that is real; later it stands in between.
+        attended = None
+        if past is not None:
+            mask = torch.cat([past, mask], 1)
+            attended = causal(mask, ids.shape[1])
+        output = self.language(inputs_embeds=embeddings, attention_mask=attended,
+                               position_ids=positions, past_key_values=cache,
+                               use_cache=cache is not None, **deepstack)
+        return output.last_hidden_state, mask, ends
 
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
-        """Hidden states (B, L, D) of whole sequences from the last token of their prompts on. A prompt that several rows
-        share (the same object) is computed once, and gradients flow back through its keys and values."""
-        shared, which = distinct(prompts)
-        index = torch.tensor(which, device=self.device)
-        cache = Cache(layer_class_to_replicate=Repeatable)
-        _, past, ends = self.hidden([p.cut(0, -1) for p in shared], left=True, cache=cache)
-        layers = [Repeatable((layer.keys.index_select(0, index), layer.values.index_select(0, index))) for layer in cache.layers]
-        rest = [t.cut(len(p.ids) - 1, image=len(p.grids)) for t, p in zip(batch, prompts)]
-        return self.hidden(rest, [ends[i] for i in which], past=past[index], cache=Cache(layers=layers))[0]
+        """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
-    # ---- the one distribution ----------------------------------------------------------------------------------
+        A prompt that several rows share (the same object) is computed once. The rows read its keys
+        and values in a cache, and their gradients flow back through them."""
+        shared, which = distinct(prompts)
+        openings = [prompt.cut(0, -1) for prompt in shared]
+        once = Cache(layer_class_to_replicate=Repeatable)
+        _, past, ends = self.hidden(openings, cache=once)
+
+        rows = torch.tensor(which, device=self.device)
+        layers = []
+        for layer in once.layers:
+            layers.append(Repeatable(layer.keys.index_select(0, rows),
+                                     layer.values.index_select(0, rows)))
+        rests = []
+        for tokens, prompt in zip(batch, prompts):
+            rests.append(tokens.cut(len(prompt.ids) - 1, image=len(prompt.grids)))
+        starts = [ends[i] for i in which]
+        return self.hidden(rests, starts, past[rows], Cache(layers=layers))[0]
+
+    # ---- hidden states -> the one distribution
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        """(..., D) -> log-probabilities (..., V) in float32: what is sampled from, and what is trained. (Not by F.log_softmax: on the
-        CPU it adds up one after the other, and was off by 2e-4 over 151,936 words; logsumexp adds pairwise.)"""
-        logits = TokenLogprobs.logits(hidden, self.model.lm_head.weight, self.banned, temperature)
+        """(.., D) -> log-probabilities (.., V) in float32."""
+        logits = allowed_logits(hidden, self.model.lm_head.weight, self.banned, temperature)
+        # logsumexp adds pairwise. F.log_softmax adds one number after the other on the CPU, and
+        # was off by 2e-4 over 151,936 words.
         return logits - logits.logsumexp(-1, keepdim=True)
 
-    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0, chunk: int = 512,
-                 prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the tokens where a row's mask is true, the entropies there, and the values of the states in
-        which they were chosen (0 without a value head), each (B, L - 1).
+    def own_states(self, batch: list[Tokens], masks: list[list[bool]],
+                   prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor]:
+        """The states in which the agent chose its tokens, which are those where a mask is true.
 
-        Column t speaks of token t + 1; everything else is 0. Logits exist only at masked positions, `chunk` at a
-        time: memory never holds (B, L, V). `prompts`: how each row begins (mask false); rows that share the object
-        share its computation."""
-        hidden = self.hidden_after(batch, prompts) if prompts else self.hidden(batch)[0]
-        skipped = [len(p.ids) - 1 for p in prompts] if prompts else [0] * len(batch)
-        own = torch.zeros(len(batch), max(len(t.ids) for t in batch) - 1, dtype=torch.bool)  # in whole sequences ..
-        at = torch.zeros(hidden.shape[:2], dtype=torch.bool)                                 # .. and in `hidden`
-        for row, (mask, skip) in enumerate(zip(masks, skipped)):
-            own[row, :len(mask) - 1] = torch.tensor(mask[1:])
-            at[row, :len(mask) - 1 - skip] = own[row, skip:len(mask) - 1]
-        targets = torch.tensor([i for t, mask in zip(batch, masks) for i, m in zip(t.ids[1:], mask[1:]) if m], device=self.device)
-        own, own_hidden = own.to(self.device), hidden[at.to(self.device)]
+        Returns the states (n, D), row by row, and where they belong, own (B, L - 1): column t
+        speaks of token t + 1. `prompts`: how each row begins (mask false); see hidden_after."""
+        if prompts:
+            states = self.hidden_after(batch, prompts)
+            skipped = [len(prompt.ids) - 1 for prompt in prompts]
+        else:
+            states = self.hidden(batch)[0]
+            skipped = [0] * len(batch)
+        own = padded(masks, False)[:, 1:].to(self.device)
+        row, column = own.nonzero(as_tuple=True)
+        return states[row, column - torch.tensor(skipped, device=self.device)[row]], own
 
-        logp, entropy = TokenLogprobs.apply(own_hidden, self.model.lm_head.weight, targets, self.banned, temperature, chunk)
-        values = self.value_head(own_hidden.detach().float())[:, 0] if self.value_head else torch.zeros_like(logp)
+    def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0,
+                 prompts: list[Tokens] | None = None, chunk: int = 512) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the agent's tokens, and entropies of the distributions from which
+        they were chosen, each (B, L - 1): column t speaks of token t + 1. Elsewhere they are 0.
+
+        Logits exist for `chunk` tokens at a time, never as (B, L, V)."""
+        states, own = self.own_states(batch, masks, prompts)
+        targets = padded([t.ids for t in batch], self.end_id)[:, 1:].to(self.device)[own]  # (n,)
+        logp, entropy = TokenLogprobs.apply(states, self.model.lm_head.weight, targets,
+                                            self.banned, temperature, chunk)
         zeros = torch.zeros(own.shape, device=self.device)
-        return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy), zeros.masked_scatter(own, values)
+        return zeros.masked_scatter(own, logp), zeros.masked_scatter(own, entropy)
 
-    # ---- the frozen model as an encoder ------------------------------------------------------------------------
+    # ---- the frozen model as an encoder of texts and images
 
     @torch.no_grad()
     def embed(self, items: "list[str | Tokens]", chunk: int = 256) -> Tensor:
-        """Texts and encoded images -> unit vectors (N, D) in one space: the last hidden state after asking for a
-        summary in one word (E5-V, arXiv 2407.12580, sec. 3.1), so no CLIP is needed."""
-        rows = []
+        """Texts and encoded images -> unit vectors (N, D) in one space, without CLIP.
+
+        E5-V (arXiv 2407.12580, sec. 3.1): ask for a summary in one word. The state from which the
+        model would say this word is the embedding. `chunk` items are in memory at a time."""
+        states = []
         for start in range(0, len(items), chunk):
-            batch = []
-            for item in items[start:start + chunk]:
-                image = isinstance(item, Tokens)
-                parts = ("<|vision_start|>", item, "<|vision_end|>") if image else (item.replace("<|", "< |"),)
-                batch.append(self.tokens("<|im_start|>user\n", *parts, f"\nSummary above {'image' if image else 'sentence'} "
-                                         "in one word:<|im_end|>\n<|im_start|>assistant\n"))
-            last = torch.tensor([len(t.ids) - 1 for t in batch], device=self.device)
-            rows.append(self.hidden(batch)[0][torch.arange(len(batch), device=self.device), last].float())
-        return F.normalize(torch.cat(rows), dim=-1)
+            batch = [self.summary_prompt(item) for item in items[start:start + chunk]]
+            states.append(newest(self.hidden(batch)[0], batch).float())
+        return F.normalize(torch.cat(states), dim=-1)
+
+    def summary_prompt(self, item: "str | Tokens") -> Tokens:
+        if isinstance(item, str):
+            parts = [harmless(item), "\nSummary above sentence in one word:"]
+        else:
+            parts = ["<|vision_start|>", item, "<|vision_end|>\nSummary above image in one word:"]
+        return self.tokens("<|im_start|>user\n", *parts, "<|im_end|>\n<|im_start|>assistant\n")
 
     def save(self, folder: str | Path) -> None:
         """Write a standard model directory, which this class and transformers load."""
-        folder = Path(folder)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        (folder / "agent.json").write_text(json.dumps({"coordinates": self.coordinates, "system_prompt": self.system_prompt}), encoding="utf-8")
+        for part in (self.model, self.tokenizer, self.processor):
+            part.save_pretrained(folder)
+        agent = {"coordinates": self.coordinates, "system_prompt": self.system_prompt}
+        (Path(folder) / "agent.json").write_text(json.dumps(agent), encoding="utf-8")
+
+
+# ---- the parts, in the order in which they are met above
+
+def read_config(path: str | Path):
+    """Of a model directory. A name on the hub is no directory: nothing is downloaded.
+
+    Raises FileNotFoundError for a folder without a model, ValueError for another kind of model."""
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model's folder")
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
+        raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, "
+                         f"found {config.model_type}")
+    return config
+
+
+def harmless(text: str) -> str:
+    """Text from outside must not smuggle in special tokens."""
+    return text.replace("<|", "< |")
+
+
+def mrope_positions(ids: list[int], grids: list[tuple[int, int]], image_id: int, start: int = 0
+                    ) -> tuple[list[tuple[int, int, int]], int]:
+    """M-RoPE (Qwen2-VL, arXiv 2409.12191, sec. 2.1): time, height and width of each token.
+
+    In a text token the three are equal. An image of h x w placeholders starts at p: placeholder
+    (i, j) has (p, p + i, p + j), and what follows the image goes on at p + max(h, w).
+    Returns the positions, and the next free one. Raises ValueError if ids and grids disagree."""
+    count = ids.count(image_id)
+    if count != sum(height * width for height, width in grids):
+        raise ValueError(f"{count} image placeholders for grids {grids}: the counts must agree")
+    positions, images = [], iter(grids)
+    while len(positions) < len(ids):
+        if ids[len(positions)] == image_id:
+            height, width = next(images)
+            for i in range(height):
+                for j in range(width):
+                    positions.append((start, start + i, start + j))
+            start += max(height, width)
+        else:
+            positions.append((start, start, start))
+            start += 1
+    return positions, start
+
+
+def padded(rows: list[list], fill) -> Tensor:
+    """Lists of different lengths -> (B, L), or (B, L, 3) if their items are positions."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def causal(mask: Tensor, new: int) -> Tensor:
+    """Which columns are real, (B, P + L) -> to which each of the last L = `new` ones attends,
+    (B, 1, L, P + L): to the real ones before it and to itself, even if it is padding (a softmax
+    over nothing would be NaN)."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    query = column[-new:, None]  # (L, 1)
+    real_before = mask[:, None] & (column < query)  # (B, L, P + L)
+    return (real_before | (column == query))[:, None]
+
+
+def newest(states: Tensor, batch: list[Tokens]) -> Tensor:
+    """Hidden states (B, L, D) -> that of each row's last token (B, D)."""
+    last = torch.tensor([len(tokens.ids) - 1 for tokens in batch], device=states.device)
+    return states[torch.arange(len(batch), device=states.device), last]
+
+
+def distinct(items: list) -> tuple[list, list[int]]:
+    """The different objects among the items, and for each item which of them it is: what is
+    shared is computed once."""
+    objects = {id(item): item for item in items}
+    place = {key: i for i, key in enumerate(objects)}
+    return list(objects.values()), [place[id(item)] for item in items]
 
 
 class Repeatable(DynamicLayer):
-    """A cache layer for training: `past` and what comes now. It forgets what came before, so that activation
-    checkpointing may run the same update twice."""
+    """A cache's layer for training: `past` keys and values, and those that come now. An update
+    forgets the one before, so that activation checkpointing may run it again."""
 
-    def __init__(self, past: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, *past: Tensor):
         super().__init__()
         self.past = past
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.past:
-            keys, values = torch.cat([self.past[0], keys], 2), torch.cat([self.past[1], values], 2)
+            keys = torch.cat([self.past[0], keys], 2)  # (B, heads, columns, head size)
+            values = torch.cat([self.past[1], values], 2)
         self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
+
+
+def allowed_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """W h / T: (.., D) -> (.., V) in float32. A banned word's logit is so small that its exp is 0,
+    and finite, so that 0 times it is 0."""
+    return F.linear(hidden / temperature, weight).float().index_fill_(-1, banned, -1e30)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """The log-probability of one token a row, and the entropy there. Its gradient by hand is
+
+        d log pi(y) / d logits = (1 at y) - p
+
+    A token's logits are V numbers, more than all else of it, and autograd would keep several
+    copies. Here they exist for `chunk` tokens at a time, once forward and once backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, banned: Tensor,
+                temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+        """hidden (n, D), targets (n,) -> log-probabilities (n,), entropies (n,; no gradient)."""
+        logps, entropies, norms = [], [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = allowed_logits(h, weight, banned, temperature)  # (chunk, V)
+            norm = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
+            logp = logits.sub_(norm)
+            logps.append(logp.gather(-1, y[:, None])[:, 0])
+            # Not norm - sum(p * logits): the difference of two large sums was off by 2.6e-3.
+            entropies.append(-logp.exp().mul_(logp).sum(-1))
+            norms.append(norm)
+        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(norms))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    def backward(ctx, slope: Tensor, _) -> tuple:
+        """slope (n,): d loss / d log-probability of each token."""
+        hidden, weight, targets, banned, norms = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            h, g, y = hidden[part], slope[part, None], targets[part, None]
+            p = allowed_logits(h, weight, banned, ctx.temperature).sub_(norms[part]).exp_()
+            to_logits = p.mul_(-g).scatter_add_(-1, y, g).to(weight.dtype)  # (chunk, V)
+            to_hidden[part] = to_logits @ weight / ctx.temperature
+            to_weight.addmm_(to_logits.T, h / ctx.temperature)
+        return to_hidden, to_weight, None, None, None, None
+
+
+def demonstrate() -> None:
+    """One picture, one question, one thought of the agent in tiny/."""
+    torch.set_num_threads(1)
+    policy = Policy("tiny")
+    picture = Image.new("RGB", (72, 48), "gray")
+    ImageDraw.Draw(picture).ellipse((40, 8, 64, 32), fill="red")
+    image = policy.encode_images([fit(picture, policy.resolution)])[0]
+    prompt = policy.prompt(image, "What mark is on the red circle?")
+    said = policy.tokens("<think>find the red circle</think>")
+    whole, mask = prompt + said, [False] * len(prompt.ids) + [True] * len(said.ids)
+
+    print(f"72 x 48 pixels: {image.grids[0][0]} x {image.grids[0][1]} placeholders with features "
+          f"{tuple(image.features[0].shape)}\n\n  id  time, height, width  token")
+    positions, _ = mrope_positions(whole.ids, whole.grids, policy.image_id)
+    for i, position in list(zip(whole.ids, positions))[2:14]:
+        print(f"{i:4}  {str(position):19}  {policy.decode([i])!r}")
+
+    longer = whole + policy.observation("Error: no crop") + said
+    masks = [[False] * len(longer.ids), mask]
+    with torch.no_grad():
+        logp, entropy = policy.logprobs([whole], [mask])
+        batch, _ = policy.logprobs([longer, whole], masks, prompts=[prompt, prompt])
+    print("\nlog-probability  entropy  the agent's token")
+    for t in range(len(prompt.ids) - 1, len(whole.ids) - 1):
+        token = policy.decode([whole.ids[t + 1]])
+        print(f"{logp[0, t]:15.3f}  {entropy[0, t]:7.3f}  {token!r}")
+    gap = (batch[1, :logp.shape[1]] - logp[0]).abs().max()
+    print(f"\nIn a batch, padded and with a shared prompt, they differ by at most {gap:.0e}.")
+
+
+if __name__ == "__main__":
+    demonstrate()

@@ -1,28 +1,33 @@
 """ZeRO-2 by hand: every rank has all the weights, and 1/N of everything that the optimiser needs.
 
-What it teaches: why a 3B model does not fit where its weights do, and the three collectives that make it fit. Bytes a
-parameter, with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; stage 2 shards optimiser states and gradients):
+What it teaches: why a 3B model does not fit where its weights do, and the two collectives that make
+it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; stage 2):
 
-    weights bf16  gradient float32  master weights float32  Adam's two moments float32      in all      N = 1   2   8
-         2             4 / N                4 / N                     8 / N              2 + 16 / N        18  10   4
+                              N ranks       1     2     8
+    weights, bf16             2             2     2     2
+    gradient, float32         4 / N         4     2    .5
+    master weights, float32   4 / N         4     2    .5
+    Adam's moments, float32   8 / N         8     4     1
+    in all                    2 + 16 / N   18    10     4
 
-    backward   each gradient, as soon as it exists, is summed over the ranks in float32; a rank keeps its 1/N of the sum
-               (reduce-scatter) and adds it over micro-batches; the gradient itself is freed
-    step       AdamW on the 1/N, in float32: an update of 1e-6 is lost in bf16 weights of .1, not in the master
-    after it   the masters, cast to the model's dtype, are put together again in every rank's model (all-gather)
+1. backward: a gradient is summed over the ranks as soon as it exists, in float32. Each rank keeps
+   1/N of the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.
+2. step: AdamW on the 1/N, in float32. An update of 1e-6 is lost in a bf16 weight of 0.1, but not in
+   the master.
+3. The masters, cast to the model's dtype, become every rank's model again (all-gather).
 
-Collectives must come in the same order on all ranks, or they wait for ever. Autograd promises no order, and a rank may
-have fewer micro-batches or a parameter without a gradient. So gradients are put in buckets, buckets are sent in one
-fixed order, and `finish_micro_batch()` sends zeros for what did not come; a rank without a micro-batch calls just that.
+Collectives must come in the same order on all ranks, or they wait for ever. Autograd promises no
+order, and a rank may have fewer micro-batches, or a parameter without a gradient. So gradients are
+put in buckets, and buckets are sent in one fixed order. `finish_micro_batch()` sends zeros for what
+did not come; a rank without a micro-batch calls just that.
 
-What is left out: weights are not sharded (ZeRO-3), communication does not overlap with computation, no CPU offload.
+What is left out: sharded weights (ZeRO-3), communication during computation, CPU offload.
 
-Run it:  python shard.py                        # 1 and 2 ranks, 1 and 4 micro-batches: the same parameters
+Run it:  python -m lib.shard        # 1 and 2 ranks, 1 and 4 micro-batches: the same parameters
 """
-import itertools
 import os
+import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,80 +36,78 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed both; its gloo has both, in bf16 too, so the CPU and NCCL take the same path.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-STATES = ("master", "mean", "square")
 
+# ---- ranks ---------------------------------------------------------------------------------------
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-class RankFailed(RuntimeError):
-    """Another rank failed or fell silent; the message names it."""
-
-
-DEVICE, TIMEOUT, STORE = "cpu", timedelta(0), None      # setup() fills them in; alone, they stay like this
-ROUND = itertools.count()                               # of agree()
+STORE = None        # torchrun's key-value store, if setup() found other ranks; it outlives a rank
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def named(error: Exception) -> str:
-    """The error's text, with this rank's name if there are several: the others may be ended before they can say who it was."""
-    return str(error) if world() == 1 or isinstance(error, RankFailed) else f"rank {rank()} of {world()}: {error}"
-
-
 def setup(device: str = "cpu", timeout: float = 1800) -> str:
-    """Join the ranks that torchrun started; without torchrun, or with one rank, nothing. Returns this rank's device.
+    """Join the ranks that torchrun started, if it did. Returns this rank's device.
 
-    timeout: seconds after which waiting for another rank is an error; longer than the slowest rank's longest lone phase.
+    timeout: seconds to wait for another rank before it is an error; longer than any rank ever works
+    alone. train.py has no option for it: change the 1800 s here.
     Raises ValueError for cuda without a GPU."""
-    global DEVICE, TIMEOUT, STORE
+    global STORE
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        DEVICE, TIMEOUT = device, timedelta(seconds=timeout)
-        STORE, mine, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", STORE),
-                                rank=mine, world_size=ranks, timeout=TIMEOUT)
+        limit = timedelta(seconds=timeout)
+        STORE, number, count = next(dist.rendezvous("env://", timeout=limit))
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("group", STORE), timeout=limit,
+                                rank=number, world_size=count)
     return device
 
 
 def cleanup() -> None:
-    """Leave. Belongs into a `finally`: a process that ends with a group on which a collective failed is aborted by gloo."""
+    """Leave, in a `finally`: gloo aborts a process that ends in a group with a failed collective."""
     global STORE
     if dist.is_initialized():
         dist.destroy_process_group()
     STORE = None
 
 
-def agree(error: Exception | str | None = None) -> None:
-    """All ranks meet here; if one brings an error, all raise: it its own, the others RankFailed, which names it.
+class RankFailed(RuntimeError):
+    """Another rank failed or fell silent; the message names it."""
 
-    Call it before communication. It goes through torchrun's key-value store, so that a silent rank is named as well,
-    after the timeout; and a collective that another rank never joins could only time out without a reason."""
-    error, note = RuntimeError(error) if isinstance(error, str) else error, f"agree/{next(ROUND)}/"
+
+def named(error: Exception) -> str:
+    """The error's text, with this rank's name if there are several."""
+    if ranks() == 1 or isinstance(error, RankFailed):
+        return str(error)
+    return f"rank {rank()} of {ranks()}: {error}"
+
+
+def agree(error: Exception | None = None) -> None:
+    """All ranks meet here. If one brings an error, all raise: it its own, the others RankFailed.
+
+    Call it before communication: a collective that one rank never joins could only time out. The
+    ranks meet in torchrun's store, where one that is silent until the timeout can be named."""
     if STORE:
-        STORE.set(f"{note}{rank()}", f"{type(error).__name__}: {error}" if error else "")
+        meeting = STORE.add(f"meetings of {rank()}", 1)
+        STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
     if error:
         raise error
-    for r in range(world()) if STORE else ():
+    for other in range(ranks() if STORE else 0):
         try:
-            STORE.wait([f"{note}{r}"], TIMEOUT)
-            word = STORE.get(f"{note}{r}").decode()
-        except RuntimeError:                                # timeout, or the store itself is gone
-            word = f"silent, waited for up to {TIMEOUT.total_seconds():.0f} s"
-        if word:
-            raise RankFailed(f"rank {r} of {world()}: {word}")
+            STORE.wait([f"{meeting}/{other}"])
+            trouble = STORE.get(f"{meeting}/{other}").decode()
+        except RuntimeError:                    # the timeout, or the store itself is gone
+            trouble = f"silent, waited for up to {STORE.timeout.total_seconds():.0f} s"
+        if trouble:
+            raise RankFailed(f"rank {other} of {ranks()}: {trouble}")
 
 
 @contextmanager
@@ -113,90 +116,126 @@ def together():
     error = None
     try:
         yield
-    except Exception as e:
-        error = e
+    except Exception as caught:
+        error = caught
     agree(error)
 
 
-def all_sum(x: float | Tensor, op: str = "SUM") -> float | Tensor:
-    """Sum over ranks of a number (in float64) or a tensor (in its dtype, a new tensor); alone, x itself."""
-    if world() == 1:
+# ---- the collectives -----------------------------------------------------------------------------
+
+def all_sum(x: float, op: str = "SUM") -> float:
+    """Sum over ranks (or "MAX", the largest), in float64; alone, x itself."""
+    if ranks() == 1:
         return x
-    tensor = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-    total = tensor.to(DEVICE, copy=True)                    # NCCL speaks only of CUDA tensors
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(x, dtype=torch.float64, device=device)
     dist.all_reduce(total, getattr(dist.ReduceOp, op))
-    return total.to(tensor.device) if isinstance(x, Tensor) else total.item()
+    return total.item()
+
+
+def reduce_scatter(whole: Tensor) -> Tensor:
+    """(N n,) -> this rank's (n,) of the sum over ranks."""
+    if ranks() == 1:
+        return whole
+    part = whole.new_empty(len(whole) // ranks())
+    dist.reduce_scatter_single(part, whole)
+    return part
+
+
+def all_gather(part: Tensor) -> Tensor:
+    """(n,) -> the parts of all ranks, end to end (N n,)."""
+    if ranks() == 1:
+        return part
+    whole = part.new_empty(len(part) * ranks())
+    dist.all_gather_single(whole, part)
+    return whole
 
 
 def even(batches: list) -> list:
-    """The batches and then None, so that all ranks' lists have the length of the longest. All ranks must call it."""
-    return batches + [None] * (int(all_sum(len(batches), "MAX")) - len(batches))
+    """The batches and then None, as many as the rank with most has. All ranks must call it."""
+    longest = int(all_sum(len(batches), "MAX"))
+    return batches + [None] * (longest - len(batches))
 
 
 def squared(x: Tensor) -> Tensor:
-    """|x|^2 as a float64 scalar. Not by norm(): on the CPU it adds up one after the other in float32, and was 1e-3 off over
-    3e7 elements and half over 3e8, an embedding; sum() adds pairwise. In chunks, because square() needs room."""
-    return torch.stack([c.square().sum() for c in x.split(2**24)]).double().sum()
+    """|x|^2 as a float64 scalar. On the CPU norm() adds one after the other in float32, and is half
+    off over an embedding; sum() adds pairwise. In chunks, because square() needs room."""
+    return torch.stack([part.square().sum() for part in x.split(2**24)]).double().sum()
 
 
-# ---- the optimiser ---------------------------------------------------------------------------------------------------
+# ---- the optimiser -------------------------------------------------------------------------------
 
-@dataclass
 class Bucket:
-    """Parameters that travel together, flattened and laid end to end, then zeros up to a multiple of N."""
-    parameters: list[Tensor] = field(default_factory=list)
-    size: int = 0                                           # elements, without the zeros
-    spans: list[slice] = field(default_factory=list)        # where each parameter lies
-    master: Tensor = None                                   # (ceil(size / N),) float32, and so are the next three
-    mean: Tensor = None
-    square: Tensor = None
-    gradient: Tensor = None
-    arriving: Tensor | None = None                          # this micro-batch's gradients, whole, until they are sent
-    arrived: set[int] = field(default_factory=set)          # whose these are
+    """Parameters of one dtype that travel together, and this rank's part of their optimiser."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        self.spans, self.size = [], 0       # where each parameter lies
+        for p in parameters:
+            self.spans.append(slice(self.size, self.size + p.numel()))
+            self.size += p.numel()
+        whole = self.zeros()
+        for p, span in zip(parameters, self.spans):
+            whole[span] = p.flatten()
+        self.master = whole.chunk(ranks())[rank()].clone()      # (ceil(size / N),) float32
+        self.mean = torch.zeros_like(self.master)
+        self.square = torch.zeros_like(self.master)
+        self.gradient = torch.zeros_like(self.master)
+        self.forget()
 
     def zeros(self) -> Tensor:
-        """(N ceil(size / N),) float32."""
-        return torch.zeros(-(-self.size // world()) * world(), device=self.parameters[0].device)
+        """(N ceil(size / N),) float32: all parameters end to end, then padding."""
+        part = -(-self.size // ranks())
+        return torch.zeros(part * ranks(), device=self.parameters[0].device)
+
+    def forget(self) -> None:
+        """No gradient of this micro-batch has arrived."""
+        self.arriving = None
+        self.arrived = set()
+
+
+def pack(parameters: list[Tensor], limit: int) -> list[Bucket]:
+    """Neighbours of one dtype, together at most `limit` elements; a larger parameter alone."""
+    groups, size = [], 0
+    for p in parameters:
+        if not groups or size + p.numel() > limit or p.dtype != groups[-1][0].dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append(p)
+        size += p.numel()
+    return [Bucket(group) for group in groups]
 
 
 class ShardedAdamW:
-    """AdamW (arXiv 1711.05101, alg. 2, as in torch.optim.AdamW) of parameters that are float32 or bfloat16.
+    """AdamW (arXiv 1711.05101, alg. 2, as in torch.optim.AdamW) of float32 or bfloat16 parameters.
 
         for _ in steps:
             optimiser.zero_grad()
             for batch in even(batches):
-                if batch is not None: loss(batch).backward()        # a part of the sum over all micro-batches and ranks
+                if batch is not None:
+                    loss(batch).backward()      # a part of the sum over all micro-batches and ranks
                 optimiser.finish_micro_batch()
             norm = optimiser.clip(1.)
             changed = optimiser.step(lr)
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: list[Tensor], betas: tuple[float, float] = (.9, .95), eps: float = 1e-8,
-                 weight_decay: float = 0., bucket: int = 2**25):
-        """Rank 0's values are everybody's start. Nobody else may write to the parameters from now on: the master wins.
+    def __init__(self, parameters: list[Tensor], betas: tuple[float, float] = (.9, .95),
+                 eps: float = 1e-8, weight_decay: float = 0., bucket: int = 2**25):
+        """Rank 0's values are everybody's start. Nobody else may write to them: the master wins.
 
-        bucket: elements sent at once (2^25 are 128 MB of float32); a larger parameter has a bucket of its own."""
+        bucket: elements sent at once (2^25 are 128 MB); a larger parameter has its own bucket."""
         self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
-        self.buckets, self.handles = [Bucket()], []
-        for p in reversed(parameters):                      # about the order in which backward comes by
-            last = self.buckets[-1]
-            if last.parameters and (last.size + p.numel() > bucket or p.dtype != last.parameters[0].dtype):
-                last = Bucket()
-                self.buckets.append(last)
-            last.parameters.append(p)
-            last.spans.append(slice(last.size, last.size + p.numel()))
-            last.size += p.numel()
-            if world() > 1:
+        if ranks() > 1:
+            for p in parameters:
                 dist.broadcast(p.detach(), 0)
+        self.buckets = pack(parameters[::-1], bucket)   # about the order in which backward comes by
+        self.next = 0                                   # the bucket that is sent next
+        self.handles = []
         for b in self.buckets:
-            whole = b.zeros()
-            for i, (p, span) in enumerate(zip(b.parameters, b.spans)):
-                whole[span] = p.flatten()
-                self.handles.append(p.register_post_accumulate_grad_hook(partial(self._arrive, b, i)))
-            b.master = whole.chunk(world())[rank()].clone()
-            b.mean, b.square, b.gradient = (torch.zeros_like(b.master) for _ in range(3))
-        self.zero_grad()
+            for i, p in enumerate(b.parameters):
+                hook = partial(self._arrive, b, i)
+                self.handles.append(p.register_post_accumulate_grad_hook(hook))
 
     def close(self) -> None:
         """Let go of the parameters: they have ordinary gradients again."""
@@ -210,155 +249,147 @@ class ShardedAdamW:
         self._forget()
 
     def _arrive(self, bucket: Bucket, i: int, p: Tensor) -> None:
-        """The hook: backward has finished p.grad. Take it, free it, and send the buckets whose turn it is."""
+        """The hook: backward has finished p.grad. Take it, free it, send the buckets that are full."""
         if i in bucket.arrived:
-            raise RuntimeError("a second gradient in one micro-batch: call finish_micro_batch() after each backward()")
+            raise RuntimeError("a second gradient in one micro-batch: "
+                               "call finish_micro_batch() after each backward()")
         if bucket.arriving is None:
             bucket.arriving = bucket.zeros()
         bucket.arriving[bucket.spans[i]] = p.grad.flatten()
         bucket.arrived.add(i)
         p.grad = None
-        while self.next < len(self.buckets) and len(self.buckets[self.next].arrived) == len(self.buckets[self.next].parameters):
-            self._send()
+        for b in self.buckets[self.next:]:
+            if len(b.arrived) < len(b.parameters):
+                break                                   # the others wait for it: one fixed order
+            self._send(b)
 
-    def _send(self) -> None:
-        """Reduce-scatter the next bucket; what did not arrive is zero."""
-        b = self.buckets[self.next]
+    def _send(self, b: Bucket) -> None:
+        """Send the next bucket; what did not arrive is zero."""
         whole = b.zeros() if b.arriving is None else b.arriving
-        part = whole
-        if world() > 1:
-            part = torch.empty_like(b.gradient)
-            reduce_scatter(part, whole)
-        b.gradient += part
-        b.arriving, self.next = None, self.next + 1
+        b.gradient += reduce_scatter(whole)
+        b.arriving = None
+        self.next += 1
 
     def finish_micro_batch(self) -> None:
-        """All ranks call it equally often: after each backward, or without one where a rank has no batch left."""
-        while self.next < len(self.buckets):
-            self._send()
+        """All ranks call it equally often: after each backward, or without one, with none left."""
+        for b in self.buckets[self.next:]:
+            self._send(b)
         self._forget()
 
     def _forget(self) -> None:
         self.next = 0
         for b in self.buckets:
-            b.arriving, b.arrived = None, set()
+            b.forget()
 
     def norm(self) -> float:
         """Length of the whole gradient, the same on all ranks."""
         return all_sum(sum(squared(b.gradient).item() for b in self.buckets)) ** .5
 
-    def clip(self, limit: float, norm: float | None = None) -> float:
-        """Scale the gradient to at most `limit`; returns the norm it had (`norm`, if it is known already). Not finite: skip
-        the step, on all ranks alike."""
-        norm = self.norm() if norm is None else norm
+    def clip(self, limit: float) -> float:
+        """Scale the gradient to at most `limit`; returns the norm it had. Not finite: skip the
+        step, on all ranks alike."""
+        norm = self.norm()
         for b in self.buckets:
             b.gradient *= min(1., limit / (norm + 1e-6))
         return norm
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Update this rank's part, hand it round. Returns the share of weights that changed in the model's dtype:
-        in bf16, with 8 bits of precision, most updates of a small lr move only the master until they add up."""
+        """Update this rank's part, hand it round. Returns the share of weights that changed in the
+        model's dtype: in bf16, most updates of a small lr move only the master until they add up."""
         self.steps += 1
-        (beta1, beta2), changed = self.betas, 0
+        beta1, beta2 = self.betas
+        changed = 0
         for b in self.buckets:
             before = b.master.to(b.parameters[0].dtype, copy=True)
             b.mean.lerp_(b.gradient, 1 - beta1)
             b.square.mul_(beta2).addcmul_(b.gradient, b.gradient, value=1 - beta2)
             scale = (b.square / (1 - beta2 ** self.steps)).sqrt_().add_(self.eps)
-            b.master.mul_(1 - lr * self.weight_decay).addcdiv_(b.mean, scale, value=-lr / (1 - beta1 ** self.steps))
+            b.master.mul_(1 - lr * self.weight_decay)
+            b.master.addcdiv_(b.mean, scale, value=-lr / (1 - beta1 ** self.steps))
             changed += (b.master.to(before.dtype) != before).sum().item()
         self._publish()
         return all_sum(changed) / sum(b.size for b in self.buckets)
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Master shards -> every rank's parameters, in the model's dtype: half the traffic of float32 for bf16."""
+        """The masters -> every rank's parameters. bf16 halves the traffic: cast, then send."""
         for b in self.buckets:
-            whole = part = b.master.to(b.parameters[0].dtype)
-            if world() > 1:
-                whole = torch.empty(world() * len(part), dtype=part.dtype, device=part.device)
-                all_gather(whole, part)
+            whole = all_gather(b.master.to(b.parameters[0].dtype))
             for p, span in zip(b.parameters, b.spans):
                 p.copy_(whole[span].view_as(p))
 
     def bytes(self) -> int:
         """Of this rank's optimiser, gradients included: 16 / N a parameter."""
-        return 4 * 4 * sum(len(b.master) for b in self.buckets)
+        return 16 * sum(len(b.master) for b in self.buckets)
 
-    # ---- checkpoints: one file a rank, for any number of ranks ------------------------------------------------------
+    # ---- checkpoints: one file a rank, for any number of ranks ----
 
-    def state_dict(self) -> dict:
-        """This rank's part, on the CPU; `sizes` is the layout that it belongs to."""
-        return {"rank": rank(), "world": world(), "steps": self.steps, "sizes": [b.size for b in self.buckets],
-                **{name: [getattr(b, name).cpu() for b in self.buckets] for name in STATES}}
+    def save(self, folder: str | Path) -> None:
+        """Each rank writes its file. Returns, or raises, when all have; all must see the folder."""
+        state = {"rank": rank(), "steps": self.steps, "sizes": [b.size for b in self.buckets]}
+        for name in STATES:
+            state[name] = [getattr(b, name).cpu() for b in self.buckets]
+        with together():
+            torch.save(state, Path(folder) / f"optimiser-{rank()}-of-{ranks()}.pt")
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """The parts of all ranks that saved, in order; how many may differ from how many there are now.
-        Also writes the parameters, so they are exact even if the model was stored in bf16."""
-        self.steps = states[0]["steps"]
-        for k, b in enumerate(self.buckets):
-            start = rank() * len(b.master)
-            for name in STATES:
-                own = cut([s[name][k] for s in states], start, start + len(b.master))
-                getattr(b, name).zero_()[:len(own)] = own   # what is beyond is padding, as is the end of `own`: zeros
+    def load(self, folder: str | Path) -> None:
+        """Take over what any number of ranks saved. The parameters are written as well, so they are
+        exact even if the model was stored in bf16. Raises what read_shards raises."""
+        with together():
+            states = read_shards(folder, [b.size for b in self.buckets])
+            self.steps = states[0]["steps"]
+            for number, b in enumerate(self.buckets):
+                for name in STATES:
+                    saved = torch.cat([state[name][number] for state in states])
+                    whole = b.zeros()                   # with our padding; theirs is cut off
+                    whole[:b.size] = saved[:b.size]
+                    getattr(b, name).copy_(whole.chunk(ranks())[rank()])
         self.zero_grad()
         self._publish()
 
-    def save(self, folder: str | Path) -> None:
-        """Each rank writes its file; returns, or raises, when all have. The folder must be one that all ranks see."""
-        with together():
-            torch.save(self.state_dict(), Path(folder) / f"optimiser-{rank()}-of-{world()}.pt")
 
-    def load(self, folder: str | Path) -> None:
-        with together():
-            states = read_shards(folder, [b.size for b in self.buckets])
-        self.load_state_dict(states)
-
-
-def cut(parts: list[Tensor], start: int, stop: int) -> Tensor:
-    """cat(parts)[start:stop], without reading the rest: mapped files stay on the disk."""
-    pieces, offset = [], 0
-    for part in parts:
-        pieces.append(part[max(start - offset, 0):max(stop - offset, 0)])
-        offset += len(part)
-    return torch.cat(pieces)
+STATES = ("master", "mean", "square")                   # of a bucket, in a checkpoint
 
 
 def read_shards(folder: str | Path, sizes: list[int]) -> list[dict]:
-    """The states of all ranks that saved. Raises FileNotFoundError for a missing file, ValueError for one that does not fit."""
-    found = sorted(Path(folder).glob("optimiser-*-of-*.pt"))
-    worlds = sorted({int(f.stem.split("-")[3]) for f in found})
-    if len(worlds) != 1:
-        raise FileNotFoundError(f"{folder}: expected optimiser-0-of-N.pt, -1-of-N.pt, .. of one N, found N = {worlds or 'none'}")
+    """What each rank saved, in order; the tensors stay on the disk until they are used.
+
+    sizes: of our buckets. Raises FileNotFoundError unless the files of one N are all there, and
+    ValueError for one that does not fit."""
+    found = sorted(file.name for file in Path(folder).glob("optimiser-*-of-*.pt"))
+    expected = [f"optimiser-{number}-of-{len(found)}.pt" for number in range(len(found))]
+    if not found or found != sorted(expected):
+        raise FileNotFoundError(f"{folder}: expected optimiser-0-of-N.pt, -1-of-N.pt, .. of one N, "
+                                f"found {', '.join(found) or 'none'}")
     states = []
-    for r in range(worlds[0]):
-        file = Path(folder) / f"optimiser-{r}-of-{worlds[0]}.pt"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing, though {found[0].name} is there")
+    for number, name in enumerate(expected):
+        file = Path(folder) / name
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            head = [state[key] for key in ("rank", "world", "steps", "sizes")]
-        except Exception as error:  # torch.load raises many kinds
+            head = [state["rank"], state["steps"], state["sizes"]]
+        except Exception as error:                      # torch.load raises many kinds
             raise ValueError(f"{file}: not an optimiser's shard: {error}") from error
-        if head != (expected := [r, worlds[0], (states or [state])[0]["steps"], sizes]):
-            raise ValueError(f"{file}: expected rank, world, steps, bucket sizes {expected}, found {head}")
         states.append(state)
+        ours = [number, states[0]["steps"], sizes]
+        if head != ours:
+            raise ValueError(f"{file}: expected rank, steps, bucket sizes {ours}, found {head}")
     return states
 
 
-# ---- the demonstration -----------------------------------------------------------------------------------------------
+# ---- the demonstration ---------------------------------------------------------------------------
 
-def launch(function, ranks: int, *arguments) -> None:
-    """function(*arguments) in `ranks` processes, as torchrun would start them: for this file's demonstration and its tests."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)   # ours, like torchrun's: it outlives a rank
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
-    torch.multiprocessing.spawn(_child, (function, environment, arguments), nprocs=ranks)
+def launch(function, count: int, *arguments) -> None:
+    """function(*arguments) in `count` processes, as torchrun would start them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                   "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    torch.multiprocessing.spawn(_child, (function, environment, arguments), nprocs=count)
 
 
-def _child(index: int, function, environment: dict, arguments: tuple) -> None:
-    os.environ.update(environment, RANK=str(index), LOCAL_RANK=str(index))
+def _child(number: int, function, environment: dict, arguments: tuple) -> None:
+    os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number))
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -367,29 +398,30 @@ def _child(index: int, function, environment: dict, arguments: tuple) -> None:
 
 
 def demonstrate(micro: int, file: str) -> None:
-    """Three steps of a small network on 64 rows, split over ranks and micro-batches; rank 0 writes what came out."""
+    """Three steps of a small network on 64 rows, split over ranks and micro-batches."""
     setup(timeout=60)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8))
     x, y = torch.randn(64, 32), torch.randn(64, 8)
+    own = torch.arange(64)[rank()::ranks()]
     optimiser = ShardedAdamW(list(model.parameters()))
     for _ in range(3):
         optimiser.zero_grad()
-        for rows in even(list(torch.arange(64)[rank()::world()].chunk(micro))):
-            ((model(x[rows]) - y[rows]) ** 2).sum().div(64).backward()    # 64: the whole batch, not this part of it
+        for rows in even(list(own.chunk(micro))):
+            loss = (model(x[rows]) - y[rows]).square().sum() / 64       # 64: the whole batch
+            loss.backward()
             optimiser.finish_micro_batch()
         optimiser.step(1e-3)
     if rank() == 0:
-        torch.save([torch.nn.utils.parameters_to_vector(model.parameters()).detach(), optimiser.bytes()], file)
+        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.save([weights, optimiser.bytes()], file)
 
 
 if __name__ == "__main__":
-    import tempfile
+    print("ranks  micro-batches  largest difference from the first row  optimiser's bytes a rank")
     with tempfile.TemporaryDirectory() as folder:
-        print("ranks  micro-batches  largest difference from the first row  optimiser's bytes a rank")
-        for ranks, micro in ((1, 1), (1, 4), (2, 1), (2, 4)):
-            launch(demonstrate, ranks, micro, f"{folder}/{ranks}x{micro}")
-            (first, _), (this, size) = (torch.load(f"{folder}/{name}", weights_only=True) for name in ("1x1", f"{ranks}x{micro}"))
-            print(f"{ranks:5} {micro:14} {(this - first).abs().max():38.1e} {size:25,}")
-    print("\nGB a rank for 3.1 billion weights in bf16, Qwen2.5-VL-3B's language model, without activations: "
-          + ", ".join(f"{n} ranks {3.1 * (2 + 16 / n):.0f}" for n in (1, 2, 4, 8)))
+        for count, micro in ((1, 1), (1, 4), (2, 1), (2, 4)):
+            launch(demonstrate, count, micro, f"{folder}/{count}x{micro}")
+            first, _ = torch.load(f"{folder}/1x1", weights_only=True)
+            weights, size = torch.load(f"{folder}/{count}x{micro}", weights_only=True)
+            print(f"{count:5} {micro:14} {(weights - first).abs().max():38.1e} {size:25,}")

@@ -1,406 +1,480 @@
-"""Builds the embedded agent from nothing: its tokenizer, a small Qwen2.5-VL, and the cold start before RL.
+"""Builds the embedded agent from nothing: its tokenizer, random weights, and their cold start.
 
-What it teaches: an agent has to *see*, to *aim* and to *act* before RL can improve it, and these are learnt best one
-after the other (joint training from scratch stayed at the prior over positions). Four supervised stages:
+What it teaches: an agent must *see*, *aim* and *act* before RL can improve it. It learns them best
+one after the other: trained on all at once, it aimed at the average place. Four supervised stages,
+each from the weights of the one before:
 
-    see     the vision tower alone: what and where in the overview, which mark in a crop, read by the words for them
-    aim     the language model alone: "the red circle" -> its box, for all objects of an image
-    act     whole demonstrations: think, say, look, read, answer; the embedding of crops beside that of labels; and, without
-            a picture, a guess among the options
-    habit   the same from a demonstrator with a systematic *reasoning-action gap*: it names the right object, and
-            in 60% of its questions looks one cell to its right (wrapping round); of two objects it leaves out the second in 30%,
-            whatever its aim. What it has not seen it bluffs: says what some option says
+    see     The vision tower alone: what stands where in the overview, which mark is in a crop.
+    aim     The language model alone: "the red circle" -> its box, for all objects of an image.
+    act     The language model: whole demonstrations (think, say, look, read, answer). Beside them,
+            labels and crops learn to meet in one space, and guesses learn to name an option.
+    habit   The same, from a demonstrator with a *reasoning-action gap*. It names the right object,
+            but in 60% of the questions it looks one cell to the right of it. In 30%, whatever its
+            aim, it leaves out the second of two objects. What it has not seen, it makes up.
 
-The result talks well and looks badly, although it could look well: what MAPO is for. It is an ordinary model
-directory. Two processes share the work (gradients are averaged), each with one thread.
+The result talks well and looks badly, although it could look well. That is what MAPO is for.
 
-Run it:  python tiny.py              # writes runs/tiny, and each stage beside it
+About "CLIP-free": the semantic score needs no CLIP model at run time. But the encoder of tiny/ was
+*trained with CLIP's loss* (`contrast`), for the objects of this world. A real Qwen was not, and how
+well it serves as the encoder is not measured.
+
+Run it:  python -m tiny.build        # 20 minutes on two cores: runs/tiny, and each stage beside it
 """
 import argparse
+import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # at this size a second thread costs more than it brings
-
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from lib.data import Question, holds, shows
-from tiny.world import COLOURS, MARKS, SHAPES, World, draw_overview, world_question
+from lib.data import Box, Question, holds, shows
 from lib.policy import Policy, Tokens
-from tools import TOOL_NAME, fit
+from lib.shard import ShardedAdamW, agree, launch, rank, ranks, setup
+from tiny.world import (BLOCK, CANVAS, COLOURS, GRID, MARKS, SHAPES, World, draw_overview,
+                        world_question)
+from tools import ZOOM, fit, zoom_call
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]
-# Qwen has the first two as tokens of their own; the rest keeps the agent's turns, and so the experiments, short
-SCAFFOLD = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<answer>",
-            "</answer>", f'{{"name": "{TOOL_NAME}", "arguments": {{"label": "', '", "bbox_2d": [', "]}}"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SEEN = (96, 96)   # the overview's size: min_pixels and max_pixels below fix it
-CELL = 24         # of the world's grid, in overview pixels
-
-
-# ---- the empty model ---------------------------------------------------------------------------------------------
-
-def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's special tokens. Whole numbers and whole words become single tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}+| ?[\p{L}_]+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=20, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    numbers = [str(n) for n in range(0, SEEN[0] + 1)] * 50
-    tokenizer.train_from_iterator(corpus + numbers, trainer)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in SCAFFOLD])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE)
-
-
-def build_model(folder: Path, seed: int) -> None:
-    """Write a model directory with random weights: Qwen2.5-VL's architecture at 1.4M parameters."""
-    torch.manual_seed(seed)
-    corpus, rng = [], np.random.default_rng(seed)
-    for i in range(1500):
-        question = world_question(World(options=i % 9 if i % 9 != 1 else 4), seed, "cold", i)
-        corpus += [question.prompt, LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
-                   "system user assistant Error no"] + [text for text, _ in demonstrate(question, rng, noise=0.)]
-    for piece in SCAFFOLD:
-        corpus = [text.replace(piece, "\n") for text in corpus]
-    tokenizer = build_tokenizer(corpus)
-    token = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=384, initializer_range=.08, max_position_embeddings=4096,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1] * 16},
-                         bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
-        vision_config=dict(depth=3, hidden_size=96, num_heads=3, intermediate_size=192, out_hidden_size=128, patch_size=12,
-                           temporal_patch_size=1, spatial_merge_size=2, window_size=96, fullatt_block_indexes=[0, 1, 2],
-                           initializer_range=.08),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=12, temporal_patch_size=1, merge_size=2, do_convert_rgb=True,
-                             size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96}).save_pretrained(folder)
-    (folder / "agent.json").write_text(json.dumps({"coordinates": "pixels", "system_prompt": ""}))  # the cold start teaches the format
-
-
-# ---- the demonstrator --------------------------------------------------------------------------------------------
-
+HERE = Path(__file__).parent
+SIDE = CANVAS // BLOCK   # of the overview in pixels: 96
+CELL = SIDE // GRID      # of the world's grid in overview pixels: 24, what one image token sees
 LIST_PROMPT = "Where is each object?"
 
-
-def call_text(label: str, box: tuple) -> str:
-    """The tool call as the agent writes it: say, then look."""
-    return f'<tool_call>{{"name": "{TOOL_NAME}", "arguments": {{"label": "{label}", "bbox_2d": {json.dumps(list(box))}}}}}</tool_call>'
+Sample = tuple[Tokens, list[bool]]  # a conversation, and which of its tokens are learnt
+Turn = tuple[str, Box | None]       # what the demonstrator writes, and the box that it looks at
 
 
-def around(plate: tuple, side: int, rng: np.random.Generator, shift: int = 0, noise: float = 0.) -> tuple:
-    """A box of `side` around an object, in overview pixels; with probability `noise` it is off by 2 or 4 pixels."""
-    scale = SEEN[0] / 768
-    x, y = (plate[0] + plate[2]) / 2 * scale, (plate[1] + plate[3]) / 2 * scale
-    if shift:  # one cell to the right, from the last cell back to the first
-        x = (x + CELL) % SEEN[0]
-    if rng.random() < noise:
-        x, y = x + 2 * rng.integers(-2, 3), y + 2 * rng.integers(-2, 3)
-    x, y = (min(max(v, side / 2), SEEN[0] - side / 2) for v in (x, y))
-    return tuple(int(v) for v in (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
+# ---- the empty model -----------------------------------------------------------------------------
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+# Qwen has tokens for the first two; the others keep the agent's turns, and so the runs, short.
+SCAFFOLD = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+            "<think>", "</think>", "<answer>", "</answer>",
+            f'{{"name": "{ZOOM}", "arguments": {{"label": "', '", "bbox_2d": [', "]}}"]
 
 
-def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0., noise: float = .1) -> list[tuple[str, tuple | None]]:
-    """One demonstration: turns of (text, box looked at or None). With probability `gap` it looks beside the objects that
-    it names, and with half of that it leaves out the second of two; what it has not seen it makes up. The two faults are
-    independent, so that a true first look says nothing about whether a second follows."""
-    names = [name for box in question.boxes for name, plate in question.objects.items() if plate == box]
-    shift, short = int(rng.random() < gap), len(names) == 2 and rng.random() < gap / 2
-    small = question.category == "coarse_to_fine"
-    turns, known, marks = [], "", []
-    for name, plate in zip(names[:1] if short else names, question.boxes):
-        for aim, side in (("find", 16), ("look closer at", 8)) if small else (("find", 16),):
-            box = around(plate, side, rng, shift, noise)
-            turns.append((f"<think>{known}{aim} the {name}</think>{call_text('the ' + name, box)}", box))
-        seen = shows(tuple(v * 8 for v in box), plate)
+def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Qwen's special tokens. Whole numbers and whole words are one token."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r"\p{N}+| ?[\p{L}_]+| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=20, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    numbers = [str(n) for n in range(SIDE + 1)] * 50
+    tokenizer.train_from_iterator(corpus + numbers, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in SCAFFOLD])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>",
+                                   chat_template=(HERE / "chat_template.jinja").read_text())
+
+
+def tokenizer_corpus(seed: int) -> list[str]:
+    """All that is said in this world, without the scaffold: that has tokens of its own."""
+    rng = np.random.default_rng(seed)
+    fixed = [LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
+             "system user assistant Error no"]
+    corpus = []
+    for i in range(1500):
+        options = i % 9 if i % 9 != 1 else 4
+        question = world_question(World(options=options), seed, "cold", i)
+        said = [text for text, _ in demonstrate(question, rng, noise=0.)]
+        corpus += [question.prompt, *fixed, *said]
+    for piece in SCAFFOLD:
+        corpus = [text.replace(piece, "\n") for text in corpus]
+    return corpus
+
+
+def build_model(folder: str, seed: int) -> None:
+    """Write a model directory with random weights. The architecture (Qwen2.5-VL, 1.4M parameters)
+    and the sizes of images stand in config.json and preprocessor_config.json beside this file."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(tokenizer_corpus(seed))
+    config = AutoConfig.from_pretrained(HERE)
+    config.text_config.vocab_size = len(tokenizer)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil.from_pretrained(HERE).save_pretrained(folder)
+    agent = {"coordinates": "pixels", "system_prompt": ""}  # the cold start teaches the format
+    Path(folder, "agent.json").write_text(json.dumps(agent))
+
+
+# ---- the demonstrator ----------------------------------------------------------------------------
+
+def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0.,
+                noise: float = .1) -> list[Turn]:
+    """One demonstration, turn by turn; boxes in pixels of the overview.
+
+    With probability `gap` it looks beside the objects that it names. With half of that it leaves
+    out the second of two. The two faults are independent, so a true first look says nothing about
+    whether a second follows. What it has not seen, it makes up."""
+    names = [name for name, plate in question.objects.items() if plate in question.boxes]
+    beside = rng.random() < gap
+    short = len(names) == 2 and rng.random() < gap / 2
+    looks = [("find", 16)]
+    if question.category == "coarse_to_fine":
+        looks.append(("look closer at", 8))
+    turns, marks, known = [], [], ""
+    for name in names[:1] if short else names:
+        plate = question.objects[name]
+        for aim, side in looks:
+            box = around(plate, side, rng, beside, noise)
+            thought = f"<think>{known}{aim} the {name}</think>"
+            turns.append((thought + zoom_call(f"the {name}", box), box))
+        seen = shows(in_original(box), plate)
         marks.append(question.marks[name] if seen else made_up(question, marks, rng))
         known += f"the {name} has {marks[-1]}, "
     if short:
         marks.append(made_up(question, marks, rng))
-    return turns + [(f"<think>{known[:-2]}</think><answer>{' and '.join(marks)}</answer>", None)]
+    answer = f"<think>{known[:-2]}</think><answer>{' and '.join(marks)}</answer>"
+    return [*turns, (answer, None)]
+
+
+def around(plate: Box, side: int, rng: np.random.Generator, beside: bool = False,
+           noise: float = 0.) -> tuple[int, ...]:
+    """A box of `side` around an object, in pixels of the overview.
+
+    beside: one cell to the right, from the last cell back to the first. noise: the probability of
+    an aim that is off by up to 4 pixels."""
+    x, y = centre(plate)
+    if beside:
+        x = (x + CELL) % SIDE
+    if rng.random() < noise:
+        x += 2 * int(rng.integers(-2, 3))
+        y += 2 * int(rng.integers(-2, 3))
+    left, top = inside(x - side // 2, side), inside(y - side // 2, side)
+    return left, top, left + side, top + side
+
+
+def centre(plate: Box) -> tuple[int, int]:
+    """Of an object, in pixels of the overview."""
+    return (plate[0] + plate[2]) // (2 * BLOCK), (plate[1] + plate[3]) // (2 * BLOCK)
+
+
+def inside(start: int, side: int) -> int:
+    """The nearest start of a span of `side` that does not leave the overview."""
+    return min(max(start, 0), SIDE - side)
+
+
+def in_original(box: Box) -> Box:
+    """A box in pixels of the overview -> in pixels of the original."""
+    return tuple(BLOCK * v for v in box)
 
 
 def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
-    """The next mark, which was not seen: what some option says that agrees with the marks given so far."""
-    options = [option.split(" and ") for option in question.choices] or [[*marks, mark] for mark in MARKS]
+    """The next mark, unseen: what some option says that agrees with the marks given so far."""
+    options = [option.split(" and ") for option in question.choices]
+    if not options:
+        options = [[*marks, mark] for mark in MARKS]
     fitting = [option[len(marks)] for option in options if option[:len(marks)] == marks]
-    return fitting[int(rng.integers(len(fitting)))]
+    return str(rng.choice(fitting))
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------
+# ---- scenes -> what is learnt --------------------------------------------------------------------
 
 class Source:
-    """Endless cold-start scenes for one process, and what the stages make of them. No scene is used twice."""
+    """Endless scenes for one process, and what the stages make of them. None is used twice."""
 
-    def __init__(self, policy: Policy, seed: int, rank: int, ranks: int):
-        self.policy, self.seed, self.index, self.ranks = policy, seed, rank, ranks
-        self.rng = np.random.default_rng([seed, 7, rank])
+    def __init__(self, policy: Policy, seed: int):
+        self.policy, self.seed, self.index = policy, seed, rank()
+        self.rng = np.random.default_rng([seed, 7, rank()])
 
-    def question(self, **world) -> Question:
-        self.index += self.ranks
+    def question(self, **shares: float) -> Question:
+        self.index += ranks()
         options = int(self.rng.choice([0, 2, 4, 4, 8]))
-        return world_question(World(options=options, objects=int(self.rng.integers(4, 9)), **world), self.seed, "cold", self.index)
+        objects = int(self.rng.integers(4, 9))
+        world = World(options=options, objects=objects, **shares)
+        return world_question(world, self.seed, "cold", self.index)
 
-    def pick(self, items: list):
-        return items[int(self.rng.integers(len(items)))]
-
-    def overview(self, question: Question):
+    def overview(self, question: Question) -> Image.Image:
         return draw_overview(*question.open.args)
 
-    def crop(self, question: Question, box: tuple):
+    def crop(self, question: Question, box: Box) -> Image.Image:
         """What the zoom tool returns, without drawing the whole canvas."""
-        return fit(question.open(region=tuple(8 * int(v) for v in box)), self.policy.resolution.crop())
+        return fit(question.open(region=in_original(box)), self.policy.resolution.crop())
 
-    def nearby(self, question: Question, name: str, reach: float = .25) -> tuple:
-        """A box near the object: off by up to `reach` of its side, so that a small reach shows the object."""
-        side = int(self.rng.choice([16, 16, 20] if question.category != "coarse_to_fine" else [16, 8, 8, 12]))
-        box = around(question.objects[name], side, self.rng)
-        dx, dy = (int(v) for v in self.rng.integers(-int(reach * side), int(reach * side) + 1, 2))
-        x1, y1, x2, y2 = box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
-        dx, dy = max(0, -x1) - max(0, x2 - 96), max(0, -y1) - max(0, y2 - 96)  # back into the picture
-        return x1 + dx, y1 + dy, x2 + dx, y2 + dy
+    def nearby(self, question: Question, name: str, reach: float = .25) -> Box:
+        """A box near the object, off by up to `reach` of its side: a small reach shows it."""
+        sides = [16, 8, 8, 12] if question.category == "coarse_to_fine" else [16, 16, 20]
+        side = int(self.rng.choice(sides))
+        x, y = around(question.objects[name], side, self.rng)[:2]
+        far = int(reach * side)
+        right, down = self.rng.integers(-far, far + 1, 2).tolist()
+        x, y = inside(x + right, side), inside(y + down, side)
+        return x, y, x + side, y + side
 
-    def listings(self, count: int) -> list[tuple[Tokens, list[bool]]]:
-        """An image and the boxes of all its objects in random order; only what follows each name is learnt."""
+    def listings(self, count: int) -> list[Sample]:
+        """An image, and the boxes of its objects in random order; only the boxes are learnt."""
         questions = [self.question() for _ in range(count)]
+        overviews = self.policy.encode_images([self.overview(q) for q in questions])
         samples = []
-        for question, overview in zip(questions, self.policy.encode_images([self.overview(q) for q in questions])):
-            tokens = self.policy.prompt(overview, LIST_PROMPT)
-            mask = [False] * len(tokens.ids)
+        for question, overview in zip(questions, overviews):
+            pieces = [(self.policy.prompt(overview, LIST_PROMPT), False)]
             for name in self.rng.permutation(list(question.objects)):
                 box = around(question.objects[name], 16, self.rng)
-                for text, learn in ((f" the {name}", False), (", ".join(map(str, box)), True)):
-                    piece = self.policy.tokens(text)
-                    tokens, mask = tokens + piece, mask + [learn] * len(piece.ids)
-            samples.append((tokens, mask))
+                pieces.append((self.policy.tokens(f" the {name}"), False))
+                pieces.append((self.policy.tokens(", ".join(map(str, box))), True))
+            samples.append(joined(pieces))
         return samples
 
-    def guesses(self, count: int) -> list[tuple[Tokens, list[bool]]]:
-        """Questions without a picture: their options in random order, then one of them. Bluffs learn here to read the options."""
+    def guesses(self, count: int) -> list[Sample]:
+        """Questions without a picture: all options in random order, then one of them. Here the
+        agent learns to read the options, from which its bluffs choose."""
         samples = []
         while len(samples) < count:
-            if (question := self.question(comparison=.3)).choices:
+            question = self.question(comparison=.3)
+            if question.choices:
                 options = ", ".join(self.rng.permutation(question.choices))
+                answer = self.rng.choice(question.choices)
                 prompt = self.policy.prompt(Tokens([]), question.prompt)
-                said = self.policy.tokens(f"<think>{options}</think><answer>{self.pick(question.choices)}</answer>")
-                samples.append((prompt + said, [False] * len(prompt.ids) + [True] * len(said.ids)))
+                said = f"<think>{options}</think><answer>{answer}</answer>"
+                samples.append(joined([(prompt, False), (self.policy.tokens(said), True)]))
         return samples
 
-    def demonstrations(self, count: int, gap: float) -> tuple[list, list[tuple[Tokens, str, bool]]]:
-        """Demonstrations as (tokens, mask), and for the embedding, two a scene, (crop, label, does the crop hold it?)."""
+    def demonstrations(self, count: int, gap: float
+                       ) -> tuple[list[Sample], list[tuple[Tokens, str, bool]]]:
+        """Demonstrations, and pairs for `contrast`: two a scene."""
         scenes, images = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
-            turns, name = demonstrate(question, self.rng, gap), self.pick(list(question.objects))
+            turns = demonstrate(question, self.rng, gap)
+            name = str(self.rng.choice(list(question.objects)))
             near = [self.nearby(question, name), self.nearby(question, name, reach=1.25)]
-            scenes.append((question, turns, name, [holds(tuple(8 * v for v in box), question.objects[name]) for box in near]))
-            images += [self.overview(question)] + [self.crop(question, box) for box in [b for _, b in turns if b] + near]
-        encoded, samples, pairs = iter(self.policy.encode_images(images)), [], []
-        for question, turns, name, good in scenes:
-            tokens = self.policy.prompt(next(encoded), question.prompt)
-            mask = [False] * len(tokens.ids)
+            scenes.append((question, turns, name, near))
+            images.append(self.overview(question))
+            looks = [box for _, box in turns if box]
+            images += [self.crop(question, box) for box in looks + near]
+        encoded = iter(self.policy.encode_images(images))
+        samples, pairs = [], []
+        for question, turns, name, near in scenes:
+            pieces = [(self.policy.prompt(next(encoded), question.prompt), False)]
             for text, box in turns:
-                said = self.policy.tokens(text)
-                tokens, mask = tokens + said, mask + [True] * len(said.ids)
+                pieces.append((self.policy.tokens(text), True))
                 if box:
-                    seen = self.policy.observation(next(encoded))
-                    tokens, mask = tokens + seen, mask + [False] * len(seen.ids)
-            samples.append((tokens, mask))
-            pairs += [(next(encoded), f"the {name}", g) for g in good]
+                    pieces.append((self.policy.observation(next(encoded)), False))
+            samples.append(joined(pieces))
+            for box in near:
+                good = holds(in_original(box), question.objects[name])
+                pairs.append((next(encoded), f"the {name}", good))
         return samples, pairs
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
-
-def optimise(parameters: list[Tensor], loss_at, steps: int, lr: float, name: str, log) -> None:
-    """AdamW with warm-up and cosine; gradients averaged over the processes."""
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=.02)
-    start, shown = time.time(), []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * .5 * (1 + math.cos(math.pi * step / steps)))
-        loss, report = loss_at(step)
-        optimiser.zero_grad()
-        loss.backward()
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        flat *= min(1, 1 / (flat.norm().item() + 1e-6))
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = g.view_as(p)
-        optimiser.step()
-        shown.append(report)
-        if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
-            mean = {k: sum(r[k] for r in shown) / len(shown) for k in shown[0]}
-            log(f"{name:6} step {step + 1:5}/{steps} {time.time() - start:5.0f} s  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()))
-            shown = []
+def joined(pieces: list[tuple[Tokens, bool]]) -> Sample:
+    """Pieces of a conversation, each learnt or not -> the whole, and a mask token by token."""
+    whole, mask = Tokens([]), []
+    for tokens, learnt in pieces:
+        whole = whole + tokens
+        mask += [learnt] * len(tokens.ids)
+    return whole, mask
 
 
-def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float, log) -> None:
-    """The vision tower. Colour, shape and mark are read off its output by the *word embeddings* of their names, so that
-    what the eye reports and what a question says meet in one space; places by throw-away heads."""
-    visual, embed = policy.model.model.visual, policy.language.embed_tokens.weight.detach()
-    words = lambda names: embed[[policy.tokens(" " + n).ids[-1] for n in names]]
-    table = {"colour": words([*COLOURS, "no"]), "shape": words([*SHAPES, "no"]), "mark": words(MARKS)}
-    heads = nn.ModuleDict({"x": nn.Linear(128, 48), "y": nn.Linear(128, 48)})  # in steps of 2 pixels
-    for p in heads.parameters():
-        dist.broadcast(p.data, 0)
+# ---- stage 1: see --------------------------------------------------------------------------------
+
+def stage_see(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float
+              ) -> None:
+    """The vision tower. Colours, shapes and marks are read off its output by the *word embeddings*
+    of their names: so what the eye reports and what a question says meet in one space. Places are
+    read off by two heads, which are then thrown away."""
+    visual = policy.model.model.visual
+    words = {}
+    classes = {"colour": [*COLOURS, "no"], "shape": [*SHAPES, "no"], "mark": MARKS}
+    for what, values in classes.items():
+        ids = [policy.tokens(f" {value}").ids[-1] for value in values]
+        words[what] = policy.language.embed_tokens.weight[ids].detach().T           # (D, values)
+    heads = nn.ModuleDict({"x": nn.Linear(128, 48), "y": nn.Linear(128, 48)})  # 2 pixels a class
 
     def features(images):
         inputs = policy.processor(images=images, do_resize=False, return_tensors="pt")
-        return visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        output = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        return output.pooler_output                                                 # (tokens, D)
 
-    def loss_at(step):
-        overviews, cells, crops, goals = [], [], [], []
-        for _ in range(batch):
-            question = source.question()
-            overviews.append(source.overview(question))
-            cell = torch.tensor([[len(COLOURS), len(SHAPES), -1, -1]]).repeat(16, 1)  # a token is a cell: colour, shape, x, y
-            for name, plate in question.objects.items():
-                colour, shape = name.split()
-                x, y = (int(plate[i] + plate[i + 2]) // 16 for i in (0, 1))
-                cell[y // CELL * 4 + x // CELL] = torch.tensor([list(COLOURS).index(colour), SHAPES.index(shape), x // 2, y // 2])
-            cells.append(cell)
-            for _ in range(2):
-                name = source.pick(list(question.objects))
-                box, (colour, shape) = source.nearby(question, name), name.split()
-                readable = shows(tuple(8 * v for v in box), question.objects[name])
-                crops.append(source.crop(question, box))
-                goals.append([list(COLOURS).index(colour), SHAPES.index(shape), MARKS.index(question.marks[name]) if readable else -1])
-        place, goal = torch.cat(cells), torch.tensor(goals)
-        overview, crop = features(overviews), features(crops).view(len(crops), 4, -1).mean(1)
-        pairs = {"colour": (overview @ table["colour"].T, place[:, 0]), "shape": (overview @ table["shape"].T, place[:, 1]),
-                 "x": (heads["x"](overview), place[:, 2]), "y": (heads["y"](overview), place[:, 3]),
-                 "crop_colour": (crop @ table["colour"].T, goal[:, 0]), "crop_shape": (crop @ table["shape"].T, goal[:, 1]),
-                 "mark": (crop @ table["mark"].T, goal[:, 2])}
-        loss = sum(F.cross_entropy(o, t, ignore_index=-1) for o, t in pairs.values())
-        return loss, {"loss": loss.item()} | {k: (o.argmax(-1) == t)[t >= 0].float().mean().item() for k, (o, t) in pairs.items()}
+    def loss_at():
+        overviews, cells, crops, goals = see_batch(source, batch)
+        cell = features(overviews)                                             # (16 batch, D)
+        crop = features(crops).unflatten(0, (len(crops), -1)).mean(1)           # (2 batch, D)
+        read = {"colour": (cell @ words["colour"], cells[:, 0]),
+                "shape": (cell @ words["shape"], cells[:, 1]),
+                "x": (heads["x"](cell), cells[:, 2]),
+                "y": (heads["y"](cell), cells[:, 3]),
+                "crop_colour": (crop @ words["colour"], goals[:, 0]),
+                "crop_shape": (crop @ words["shape"], goals[:, 1]),
+                "mark": (crop @ words["mark"], goals[:, 2])}
+        loss, report = 0., {}
+        for what, (logits, target) in read.items():
+            loss = loss + F.cross_entropy(logits, target, ignore_index=-1)
+            right = logits.argmax(-1) == target
+            report[what] = right[target >= 0].float().mean().item()
+        return loss, {"loss": loss.item()} | report
 
-    optimise(list(visual.parameters()) + list(heads.parameters()), loss_at, steps, lr, "see", log)
+    optimise(name, [*visual.parameters(), *heads.parameters()], loss_at, steps, lr)
 
 
-def imitate(policy: Policy, samples: list[tuple[Tokens, list[bool]]], rows: int = 8) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the demonstrator's own tokens, and the share predicted exactly. Samples of similar length
-    go through the model together, `rows` at a time: a quarter fewer padded tokens."""
-    samples, losses, exact = sorted(samples, key=lambda s: len(s[0].ids)), [], []
-    for part in (samples[i:i + rows] for i in range(0, len(samples), rows)):
-        hidden = policy.hidden([tokens for tokens, _ in part])[0]
-        own = torch.zeros(hidden.shape[:2], dtype=torch.bool)  # column t predicts token t + 1
-        for row, (_, mask) in enumerate(part):
-            own[row, :len(mask) - 1] = torch.tensor(mask[1:])
-        targets = torch.tensor([i for tokens, mask in part for i, m in zip(tokens.ids[1:], mask[1:]) if m])
-        logits = policy.model.lm_head(hidden[own])
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        exact.append(logits.argmax(-1) == targets)
-    return torch.cat(losses).mean(), torch.cat(exact).float().mean()
+def see_batch(source: Source, count: int) -> tuple[list, Tensor, list, Tensor]:
+    """Overviews, and for each of their 16 cells (colour, shape, x, y); crops, two an overview, and
+    for each (colour, shape, mark). Classes; -1: nothing to tell. The colour "no": an empty cell."""
+    overviews, cells, crops, goals = [], [], [], []
+    for _ in range(count):
+        question = source.question()
+        overviews.append(source.overview(question))
+        grid = [[len(COLOURS), len(SHAPES), -1, -1] for _ in range(GRID * GRID)]
+        for name, plate in question.objects.items():
+            x, y = centre(plate)
+            grid[y // CELL * GRID + x // CELL] = [*kind(name), x // 2, y // 2]
+        cells += grid
+        for _ in range(2):
+            name = str(source.rng.choice(list(question.objects)))
+            box = source.nearby(question, name)
+            readable = shows(in_original(box), question.objects[name])
+            crops.append(source.crop(question, box))
+            mark = MARKS.index(question.marks[name]) if readable else -1
+            goals.append([*kind(name), mark])
+    return overviews, torch.tensor(cells), crops, torch.tensor(goals)
 
 
-def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, Tensor]:
-    """InfoNCE between crops and labels (CLIP's loss, on the language model's own summaries) and its accuracy.
-
-    A crop that misses its object is a negative for every label, the hardest for its own."""
-    good = torch.tensor([g for *_, g in pairs])
-    names = sorted({label for _, label, _ in pairs})  # each is encoded once
-    which = torch.tensor([names.index(label) for _, label, _ in pairs])
-    embed = policy.embed.__wrapped__  # without its no_grad
-    crops, labels = embed(policy, [c for c, *_ in pairs]), embed(policy, names)[which]
-    same = which == which[:, None]
-    logits = labels @ crops.T / .07                                                     # (labels, crops)
-    other = same & good & ~torch.eye(len(pairs), dtype=torch.bool)                      # another crop that fits as well
-    target = torch.arange(len(pairs))
-    to_crop = logits.masked_fill(other, float("-inf"))[good]
-    to_label = logits.T.masked_fill(same & ~torch.eye(len(pairs), dtype=torch.bool), float("-inf"))[good]
-    return ((F.cross_entropy(to_crop, target[good]) + F.cross_entropy(to_label, target[good])) / 2,
-            (to_crop.argmax(1) == target[good]).float().mean())
+def kind(name: str) -> tuple[int, int]:
+    """An object's name -> the classes of its colour and its shape."""
+    colour, shape = name.split()
+    return list(COLOURS).index(colour), SHAPES.index(shape)
 
 
-def stage_language(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float, log,
-                   gap: float | None = None) -> None:
-    """The language model on frozen eyes: box lists (gap None), or demonstrations with the embedding and guesses beside them."""
+# ---- stages 2 to 4: aim, act, habit --------------------------------------------------------------
 
-    def loss_at(step):
-        samples, pairs = (source.listings(batch), []) if gap is None else source.demonstrations(batch, gap)
+def stage_aim(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float
+              ) -> None:
+    """The language model, on eyes that stay as they are: lists of boxes."""
+
+    def loss_at():
+        loss, exact = imitate(policy, source.listings(batch))
+        return loss, {"loss": loss.item(), "exact": exact}
+
+    optimise(name, list(policy.language.parameters()), loss_at, steps, lr)
+
+
+def stage_act(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float,
+              gap: float) -> None:
+    """The language model: demonstrations with a gap, and beside them labels, crops and guesses."""
+
+    def loss_at():
+        samples, pairs = source.demonstrations(batch, gap)
         loss, exact = imitate(policy, samples)
-        report = {"loss": loss.item(), "exact": exact.item()}
-        if pairs:
-            (nce, match), (guess, _) = contrast(policy, pairs), imitate(policy, source.guesses(batch // 2))
-            loss = loss + .2 * nce + .5 * guess
-            report |= {"nce": nce.item(), "match": match.item(), "guess": guess.item()}
-        return loss, report
+        nce, match = contrast(policy, pairs)
+        guess, _ = imitate(policy, source.guesses(batch // 2))
+        report = {"loss": loss.item(), "exact": exact, "nce": nce.item(), "match": match,
+                  "guess": guess.item()}
+        return loss + .2 * nce + .5 * guess, report
 
-    optimise(list(policy.language.parameters()), loss_at, steps, lr, name, log)
-
-
-def embed_by_product(visual: nn.Module) -> None:
-    """A patch is one window of the convolution that embeds it, so a matrix product does the same, in a fraction of the time."""
-    projection = visual.patch_embed.proj
-    projection.forward = lambda patches: F.linear(patches.flatten(1), projection.weight.flatten(1))
+    optimise(name, list(policy.language.parameters()), loss_at, steps, lr)
 
 
-def worker(rank: int, ranks: int, out: str, seed: int, scale: float, start: str, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    log = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
-    names = list(STAGES)
-    stage_folder = lambda stage: Path(out) if stage == names[-1] else Path(f"{out}-{stage}")
-    if rank == 0 and start == names[0]:
-        build_model(Path(f"{out}-empty"), seed)
-    dist.barrier()
-    policy = Policy(f"{out}-empty" if start == names[0] else stage_folder(names[names.index(start) - 1]))
-    log(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
-    policy.model.train()
-    embed_by_product(policy.model.model.visual)
-    for number in range(names.index(start), len(names)):
-        name, settings = names[number], dict(STAGES[names[number]])
-        source = Source(policy, seed * 100 + number, rank, ranks)
-        settings["steps"] = max(int(settings["steps"] * scale), 2)
-        if name == "see":
-            stage_see(policy, source, log=log, **settings)
-        else:
-            stage_language(policy, source, name, log=log, **settings)
-        if rank == 0:
-            policy.save(stage_folder(name))
-    dist.barrier()
-    dist.destroy_process_group()
+def imitate(policy: Policy, samples: list[Sample]) -> tuple[Tensor, float]:
+    """Mean cross-entropy of the tokens that are learnt, and the share predicted exactly."""
+    batch = [tokens for tokens, _ in samples]
+    masks = [mask for _, mask in samples]
+    states, _ = policy.own_states(batch, masks)                                        # (n, D)
+    targets = []
+    for tokens, mask in samples:
+        targets += [token for token, learnt in zip(tokens.ids, mask) if learnt]
+    targets = torch.tensor(targets)                                                    # (n,)
+    logits = policy.model.lm_head(states)                                              # (n, V)
+    exact = (logits.argmax(-1) == targets).float().mean().item()
+    return F.cross_entropy(logits, targets), exact
 
 
-# batch: scenes a step and process
-STAGES = {"see": dict(steps=500, batch=24, lr=2e-3), "aim": dict(steps=1500, batch=12, lr=2e-3),
-          "act": dict(steps=420, batch=24, lr=1.5e-3, gap=0.), "habit": dict(steps=400, batch=24, lr=1e-3, gap=.6)}
+def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, float]:
+    """CLIP's loss (InfoNCE, arXiv 2103.00020, fig. 3) on the language model's own summaries of
+    labels and crops; and how often a label finds its crop.
+
+    pairs: (crop, label, does the crop hold the label's object?). A crop that does not is a negative
+    for every label, the hardest for its own. With this loss the encoder of tiny/ is trained for the
+    objects of this world. A real Qwen is not: there the score is unmeasured."""
+    embed = functools.partial(policy.embed.__wrapped__, policy)  # with gradients
+    labels = [label for _, label, _ in pairs]
+    names = sorted(set(labels))                                  # each is encoded once
+    which = torch.tensor([names.index(label) for label in labels])
+    crops = embed([crop for crop, _, _ in pairs])                                      # (n, D)
+    logits = embed(names)[which] @ crops.T / .07                             # (n labels, n crops)
+    good = torch.tensor([good for _, _, good in pairs])                                # (n,)
+    others_of_label = (which == which[:, None]).fill_diagonal_(False)                  # (n, n)
+    # A label seeks its crop. Another good crop of the same label would be as right: left out.
+    to_crop = logits.masked_fill(others_of_label & good, -torch.inf)[good]
+    # A crop seeks its label. The same label once more would be as right: left out.
+    to_label = logits.T.masked_fill(others_of_label, -torch.inf)[good]
+    target = torch.arange(len(pairs))[good]
+    loss = (F.cross_entropy(to_crop, target) + F.cross_entropy(to_label, target)) / 2
+    return loss, (to_crop.argmax(1) == target).float().mean().item()
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def optimise(name: str, parameters: list[Tensor], loss_at, steps: int, lr: float) -> None:
+    """AdamW with warm-up and cosine. loss_at() -> (loss, numbers to report), on a fresh batch."""
+    optimiser = ShardedAdamW(parameters, betas=(.9, .98), weight_decay=.02)
+    start, reports = time.time(), []
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss, report = loss_at()
+        (loss / ranks()).backward()  # the optimiser sums over the processes
+        optimiser.finish_micro_batch()
+        optimiser.clip(1.)
+        warm_up = min(1, (step + 1) / 50)
+        cosine = .5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.step(lr * warm_up * (.02 + .98 * cosine))
+        reports.append(report)
+        if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
+            means = {key: sum(r[key] for r in reports) / len(reports) for key in report}
+            text = "  ".join(f"{key} {mean:.3f}" for key, mean in means.items())
+            log(f"{name:6} step {step + 1:5}/{steps} {time.time() - start:5.0f} s  {text}")
+            reports = []
+    optimiser.close()
+
+
+def log(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+STAGES = {"see": (stage_see, dict(steps=500, batch=24, lr=2e-3)),  # batch: scenes of one process
+          "aim": (stage_aim, dict(steps=1500, batch=12, lr=2e-3)),
+          "act": (stage_act, dict(steps=420, batch=24, lr=1.5e-3, gap=0.)),
+          "habit": (stage_act, dict(steps=400, batch=24, lr=1e-3, gap=.6))}
+
+
+def build(out: str, seed: int, scale: float) -> None:
+    """All stages. Several processes run it: each draws its own scenes, all share the gradients."""
+    setup()
+    if rank() == 0:
+        build_model(f"{out}-empty", seed)
+    agree()  # the others wait for it
+    policy = Policy(f"{out}-empty")
+    count = sum(p.numel() for p in policy.model.parameters())
+    log(f"{count:,} parameters, {len(policy.tokenizer)} tokens")
+    for number, (name, (stage, settings)) in enumerate(STAGES.items()):
+        steps = max(int(settings["steps"] * scale), 2)
+        source = Source(policy, seed * 100 + number)
+        stage(policy, source, **(settings | {"steps": steps, "name": name}))
+        if rank() == 0:
+            policy.save(out if name == "habit" else f"{out}-{name}")
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the embedded agent from nothing.")
-    parser.add_argument("--out", default="runs/tiny", help="where the model directory goes; stages are saved beside it")
+    parser.add_argument("--out", default="runs/tiny", help="the model directory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1., help="of all steps; 0.003 is a smoke test")
-    parser.add_argument("--start", default="see", choices=STAGES, help="continue from the stage before this one")
+    parser.add_argument("--scale", type=float, default=1., help="of all steps; 0.003 is a test")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     began = time.time()
-    torch.multiprocessing.start_processes(
-        worker, (args.processes, args.out, args.seed, args.scale, args.start, 29500 + os.getpid() % 2000),
-        nprocs=args.processes, start_method="spawn")
+    launch(build, args.processes, args.out, args.seed, args.scale)
     print(f"built {args.out} in {time.time() - began:.0f} s")

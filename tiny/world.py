@@ -1,8 +1,25 @@
 """The embedded world: questions whose answer cannot be seen without looking.
 
-What it teaches: *why an agent must look*. The world is a stand-in for V* (arXiv 2312.14135).
+What it teaches: *why an agent must look*. The world stands in for V* (arXiv 2312.14135), where
+details of large photographs are asked for.
 
-Run it:  python -m tiny.world --out runs/world --n 12      # pictures + questions.jsonl, a file `eval.py --data` can read
+- A scene is a canvas of 768 x 768 pixels with a few objects. Each has a shape, a colour, and a
+  plate in its middle that carries a *mark*: one of eight patterns of dark and light.
+- The agent first sees the overview: the canvas reduced 8 times, 96 x 96 pixels.
+- The overview holds no trace of a mark. The proof: one pixel of the overview is the mean of one
+  block of 8 x 8 pixels. Plates consist of whole blocks. In each block of each mark, half of the
+  pixels are dark and half are light. So the mean is (DARK + LIGHT) / 2, whatever the mark is.
+- A zoom on the object shows the mark. Without it an answer is a guess among the options, so the
+  number of options k sets the luck: 1 / k.
+
+The questions:
+
+    direct_attributes   "What mark is on the red circle?"                             one look
+    comparison          "What mark is on the red circle and the blue square?"         two looks
+    coarse_to_fine      as the first, with all objects at half size: a coarse look finds the object,
+                        a fine one reads it
+
+Run it:  python -m tiny.world --out runs/world --n 12   # pictures, and a file for `eval.py --data`
 """
 import argparse
 import functools
@@ -13,120 +30,152 @@ from PIL import Image
 
 from lib.data import Box, DataError, Question, write_jsonl
 
-CANVAS, BLOCK, GRID = 768, 8, 4  # side of the canvas; side of the square that one overview pixel averages; cells a side
+CANVAS = 768           # side of the canvas in pixels
+BLOCK = 8              # side of the square that one overview pixel averages
+GRID = 4               # cells a side; an object stands in a cell of its own
 CELL = CANVAS // GRID
 COLOURS = {"red": (214, 46, 46), "green": (44, 160, 64), "blue": (48, 84, 214),
            "yellow": (228, 196, 44), "purple": (146, 60, 176), "cyan": (60, 190, 206)}
 SHAPES = ("circle", "square", "triangle", "diamond")
 MARKS = ("horizontal", "vertical", "rising", "falling", "chevron", "vee", "split", "checks")
-DARK, LIGHT = 32, 224  # (LIGHT - DARK) / 8 is whole, so averages of half-filled tiles are exact in 8 bits
+DARK, LIGHT = 32, 224  # (LIGHT - DARK) / 8 is whole: means of half-filled tiles are exact in 8 bits
+CLUTTER = 90           # the grey of the bars
+CATEGORIES = ("direct_attributes", "comparison", "coarse_to_fine")
+STREAMS = {"train": 0, "test": 1, "cold": 2}
 
-
-# ---- the embedded world ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class World:
     """How hard the world is. Every share is a probability per question."""
-    objects: int = 6       # objects a scene, 2 to 16, no two alike in both shape and colour
-    options: int = 4       # options of a mark question, 2 to 8; 0 asks openly
-    comparison: float = 0.25
-    coarse: float = 0.15   # share of coarse_to_fine questions (all objects at half size)
-    clutter: int = 4       # grey bars on the ground, which carry nothing
+    objects: int = 6          # a scene, 2 to 16; no two are alike in both shape and colour
+    options: int = 4          # of a question, 2 to 8; 0 asks openly
+    comparison: float = 0.25  # share of comparison questions
+    coarse: float = 0.15      # share of coarse_to_fine questions
+    clutter: int = 4          # grey bars on the ground, which carry nothing
 
     def __post_init__(self):
         if not 2 <= self.objects <= GRID * GRID:
             raise DataError(f"objects: expected 2 to {GRID * GRID}, found {self.objects}")
         if self.options != 0 and not 2 <= self.options <= len(MARKS):
             raise DataError(f"options: expected 0 or 2 to {len(MARKS)}, found {self.options}")
-        if not (self.comparison >= 0 and self.coarse >= 0 and self.comparison + self.coarse <= 1):
-            raise DataError(f"comparison and coarse: expected shares with a sum of at most 1, found "
-                            f"{self.comparison} and {self.coarse}")
+        shares = self.comparison, self.coarse
+        if not (min(shares) >= 0 and sum(shares) <= 1):
+            raise DataError(f"comparison and coarse: expected shares with a sum of at most 1, "
+                            f"found {self.comparison} and {self.coarse}")
 
 
 @dataclass(frozen=True)
 class Thing:
+    """An object of a scene."""
     shape: str
     colour: str
     mark: str
-    centre: tuple[int, int]  # pixels of the original, a multiple of BLOCK
-    small: bool
+    centre: tuple[int, int]  # pixels of the original, multiples of BLOCK
+    small: bool              # half size
 
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
     @property
-    def half(self) -> int:  # half the side of the object; its plate has half that side
-        return 4 * BLOCK if self.small else 8 * BLOCK
+    def half(self) -> int:
+        """Half the side of the object in pixels; its plate has half that side."""
+        return half_side(self.small)
 
     @property
     def plate(self) -> Box:
-        (x, y), h = self.centre, self.half // 2
+        x, y = self.centre
+        h = self.half // 2
         return (x - h, y - h, x + h, y + h)
 
 
+def half_side(small: bool) -> int:
+    return 4 * BLOCK if small else 8 * BLOCK
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
 def mark_pixels(mark: str, small: bool) -> np.ndarray:
-    """The plate's pixels, (side, side) uint8: every aligned 8 x 8 block averages exactly to (DARK + LIGHT) / 2."""
+    """A plate's pixels, (side, side) uint8: every block has the mean (DARK + LIGHT) / 2."""
     period = BLOCK // 2 if small else BLOCK
-    side = 8 * period
+    half = period // 2
+    side = half_side(small)
     y, x = np.mgrid[:side, :side]
-    half, left = period // 2, x < side // 2
-    phase = {"horizontal": y, "vertical": x, "rising": x + y, "falling": x - y, "chevron": np.where(left, x + y, x - y),
-             "vee": np.where(left, x - y, x + y), "split": np.where(left, y, x),
+    left = x < side // 2
+    phase = {"horizontal": y,
+             "vertical": x,
+             "rising": x + y,
+             "falling": x - y,
+             "chevron": np.where(left, x + y, x - y),
+             "vee": np.where(left, x - y, x + y),
+             "split": np.where(left, y, x),
              "checks": half * (x // half + y // half)}[mark]
-    light = phase % period < half
-    return np.where(light, LIGHT, DARK).astype(np.uint8)
+    return np.where(phase % period < half, LIGHT, DARK).astype(np.uint8)
 
 
 def shape_mask(shape: str, half: int) -> np.ndarray:
-    """(2 half, 2 half) bool, which pixels of an object's square belong to its shape."""
+    """(2 half, 2 half) bool: which pixels of an object's square belong to its shape."""
     y, x = np.mgrid[:2 * half, :2 * half] + .5 - half
-    return {"circle": x**2 + y**2 <= half**2, "square": np.maximum(abs(x), abs(y)) <= .8 * half,
-            "triangle": 2 * abs(x) <= y + half, "diamond": abs(x) + abs(y) <= half}[shape]
+    return {"circle": x**2 + y**2 <= half**2,
+            "square": np.maximum(abs(x), abs(y)) <= .8 * half,
+            "triangle": 2 * abs(x) <= y + half,
+            "diamond": abs(x) + abs(y) <= half}[shape]
 
 
 @functools.cache
-def painted(shape: str, colour: str, mark: str, small: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What to paint for an object: mask (2 half, 2 half) and colours (2 half, 2 half, 3)."""
-    half = 4 * BLOCK if small else 8 * BLOCK
-    mask, plate = shape_mask(shape, half).copy(), slice(half // 2, 3 * half // 2)
-    pixels = np.broadcast_to(np.array(COLOURS[colour], np.uint8), (2 * half, 2 * half, 3)).copy()
-    pixels[plate, plate], mask[plate, plate] = mark_pixels(mark, small)[..., None], True
-    return mask, pixels
-
-
-@functools.cache
-def ground() -> np.ndarray:
-    """The canvas without objects: red grows to the right, green downwards (a weak cue to where a crop was cut)."""
-    y, x = np.mgrid[:CANVAS, :CANVAS] / CANVAS
-    return np.stack([70 + 110 * x, 70 + 110 * y, 0 * x + 110], -1).astype(np.uint8)
-
-
-def draw(things: list[Thing], clutter: int = 0, seed: int = 0, region: tuple[int, int, int, int] = (0, 0, CANVAS, CANVAS)) -> Image.Image:
-    """The scene at full resolution, RGB, or a region (x1, y1, x2, y2) of it."""
-    left, top, right, bottom = region
-    pixels, rng = ground()[top:bottom, left:right].copy(), np.random.default_rng(seed)
-    for x, y, width, height in (BLOCK * rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9], (clutter, 4))).tolist():
-        pixels[max(y - top, 0):max(y + height - top, 0), max(x - left, 0):max(x + width - left, 0)] = 90
-    for thing in things:
-        (x, y), h = thing.centre, thing.half
-        x1, y1, x2, y2 = max(x - h, left), max(y - h, top), min(x + h, right), min(y + h, bottom)  # its visible part
-        if x1 < x2 and y1 < y2:
-            part = slice(y1 - y + h, y2 - y + h), slice(x1 - x + h, x2 - x + h)
-            shape, colour = painted(thing.shape, thing.colour, thing.mark, thing.small)
-            np.copyto(pixels[y1 - top:y2 - top, x1 - left:x2 - left], colour[part], where=shape[part][..., None])
+def sprite(shape: str, colour: str, mark: str, small: bool) -> Image.Image:
+    """An object's picture, RGBA; alpha is 255 on its shape and its plate, else 0."""
+    half = half_side(small)
+    pixels = np.zeros((2 * half, 2 * half, 4), np.uint8)
+    pixels[..., :3] = COLOURS[colour]
+    pixels[..., 3] = 255 * shape_mask(shape, half)
+    plate = slice(half // 2, 3 * half // 2)
+    pixels[plate, plate, :3] = mark_pixels(mark, small)[..., None]
+    pixels[plate, plate, 3] = 255
     return Image.fromarray(pixels)
 
 
-def draw_overview(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
-    """draw(..) reduced BLOCK times, within one grey level and many times faster: for the cold start's many scenes."""
-    pixels, rng = reduced_ground().copy(), np.random.default_rng(seed)
-    for x, y, width, height in rng.integers(0, [CANVAS // BLOCK] * 2 + [9, 9], (clutter, 4)).tolist():
-        pixels[y:y + height, x:x + width] = 90
+@functools.cache
+def ground() -> Image.Image:
+    """The empty canvas: red grows to the right and green downwards, a weak cue to the place."""
+    y, x = np.mgrid[:CANVAS, :CANVAS] / CANVAS
+    return Image.fromarray(np.stack([70 + 110 * x, 70 + 110 * y, 0 * x + 110], -1).astype(np.uint8))
+
+
+def bars(count: int, seed: int) -> list[list[int]]:
+    """Grey bars [x, y, width, height], in blocks."""
+    blocks = CANVAS // BLOCK
+    return np.random.default_rng(seed).integers(0, [blocks, blocks, 9, 9], (count, 4)).tolist()
+
+
+def draw_scene(things: list[Thing], clutter: int = 0, seed: int = 0,
+               region: tuple[int, int, int, int] = (0, 0, CANVAS, CANVAS)) -> Image.Image:
+    """The scene at full resolution, RGB, or a region (x1, y1, x2, y2) of it."""
+    left, top = region[:2]
+    canvas = ground().crop(region)
+    for bar in bars(clutter, seed):
+        x, y, width, height = (BLOCK * v for v in bar)
+        x, y = x - left, y - top
+        canvas.paste((CLUTTER,) * 3, (x, y, x + width, y + height))
     for thing in things:
-        (x, y), h = (v // BLOCK for v in thing.centre), thing.half // BLOCK
-        share, colour = reduced(thing.shape, thing.colour, thing.mark, thing.small)
-        square = pixels[y - h:y + h, x - h:x + h]
+        picture = sprite(thing.shape, thing.colour, thing.mark, thing.small)
+        x, y = thing.centre
+        canvas.paste(picture, (x - thing.half - left, y - thing.half - top), mask=picture)
+    return canvas
+
+
+def draw_overview(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
+    """draw_scene(..) reduced BLOCK times, within one grey level, and four times as fast.
+
+    For the cold start, which draws a hundred thousand scenes."""
+    pixels = reduced_ground().copy()
+    for x, y, width, height in bars(clutter, seed):
+        pixels[y:y + height, x:x + width] = CLUTTER
+    for thing in things:
+        share, colour = reduced_sprite(thing.shape, thing.colour, thing.mark, thing.small)
+        x, y = thing.centre[0] // BLOCK, thing.centre[1] // BLOCK
+        half = thing.half // BLOCK
+        square = pixels[y - half:y + half, x - half:x + half]
         square += colour - share * square
     return Image.fromarray(pixels.round().astype(np.uint8))
 
@@ -138,51 +187,77 @@ def block_means(pixels: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def reduced(shape: str, colour: str, mark: str, small: bool) -> tuple[np.ndarray, np.ndarray]:
-    mask, pixels = painted(shape, colour, mark, small)
-    return block_means(mask[..., None] * 1.), block_means(mask[..., None] * 1. * pixels)
+def reduced_sprite(shape: str, colour: str, mark: str, small: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What share of each overview pixel an object covers, and with what colour times share."""
+    pixels = np.asarray(sprite(shape, colour, mark, small)).astype(float)
+    share = pixels[..., 3:] / 255
+    return block_means(share), block_means(share * pixels[..., :3])
 
 
 @functools.cache
 def reduced_ground() -> np.ndarray:
-    return block_means(ground())
+    return block_means(np.asarray(ground()))
 
 
-def scene(rng: np.random.Generator, objects: int, small: bool) -> list[Thing]:
-    """Objects in different cells, none alike, each moved from its cell's centre by up to 4 blocks, 2 at a time."""
+# ---- questions -----------------------------------------------------------------------------------
+
+def world_question(world: World, seed: int, split: str, index: int) -> Question:
+    """Question `index` of an endless stream: the same arguments always give the same question.
+
+    The streams of the splits "train", "test" and "cold" share no random numbers."""
+    rng = np.random.default_rng([seed, STREAMS[split], index])
+    shares = [1 - world.comparison - world.coarse, world.comparison, world.coarse]
+    category = CATEGORIES[rng.choice(3, p=shares)]
+    things = scene(world.objects, category == "coarse_to_fine", rng)
+    evidence = things[:2] if category == "comparison" else things[:1]
+    marks = [thing.mark for thing in evidence]
+    answer = " and ".join(marks)
+    wrong = wrong_pairs(*marks, rng) if category == "comparison" else other_marks(answer, rng)
+    choices = []
+    if world.options:
+        choices = rng.permutation([answer, *wrong[:world.options - 1]]).tolist()
+    clutter_seed = int(rng.integers(2**31))
+    return Question(
+        text=f"What mark is on {' and '.join(f'the {thing.name}' for thing in evidence)}?",
+        answer=answer,
+        open=functools.partial(draw_scene, things, world.clutter, clutter_seed),
+        choices=tuple(choices),
+        category=category,
+        boxes=tuple(thing.plate for thing in evidence),
+        objects={thing.name: thing.plate for thing in things},
+        marks={thing.name: thing.mark for thing in things},
+        id=f"{split}-{seed}-{index}")
+
+
+def scene(objects: int, small: bool, rng: np.random.Generator) -> list[Thing]:
+    """Objects in different cells, none alike, each up to 4 blocks away from its cell's centre."""
     kinds = rng.choice(len(COLOURS) * len(SHAPES), objects, replace=False)
     cells = rng.choice(GRID * GRID, objects, replace=False)
     marks = rng.choice(MARKS, objects)
     things = []
-    for kind, cell, mark in zip(kinds, cells, marks):
-        move = 2 * BLOCK * rng.integers(-2, 3, 2)
-        centre = (int(cell % GRID * CELL + CELL // 2 + move[0]), int(cell // GRID * CELL + CELL // 2 + move[1]))
-        things.append(Thing(SHAPES[kind % 4], list(COLOURS)[kind // 4], str(mark), centre, small))
+    for kind, cell, mark in zip(kinds.tolist(), cells.tolist(), marks.tolist()):
+        row, column = divmod(cell, GRID)
+        right, down = (2 * BLOCK * rng.integers(-2, 3, 2)).tolist()
+        centre = (column * CELL + CELL // 2 + right, row * CELL + CELL // 2 + down)
+        colour, shape = divmod(kind, len(SHAPES))
+        things.append(Thing(SHAPES[shape], list(COLOURS)[colour], mark, centre, small))
     return things
 
 
-def world_question(world: World, seed: int, split: str, index: int) -> Question:
-    """Question `index` of an endless stream, always the same for the same arguments. Streams of different splits
-    ("train", "test", "cold") never share their random numbers."""
-    stream = {"train": 0, "test": 1, "cold": 2}[split]
-    rng = np.random.default_rng([seed, stream, index])
-    kind = rng.choice(3, p=[1 - world.comparison - world.coarse, world.comparison, world.coarse])
-    things = scene(rng, world.objects, small=bool(kind == 2))
-    first, second = things[:2]
-    evidence = (first, second) if kind == 1 else (first,)
-    text = "What mark is on " + " and ".join(f"the {thing.name}" for thing in evidence) + "?"
-    answer = " and ".join(thing.mark for thing in evidence)
-    if kind == 1:  # wrong options share a half with the right one, so that one look does not settle it
-        (a, *x), (b, *y) = ([thing.mark, *rng.permutation([m for m in MARKS if m != thing.mark])[:2]] for thing in evidence)
-        wrong = [(a, y[0]), (x[0], b)] if rng.random() < .5 else [(x[0], b), (a, y[0])]
-        wrong = [f"{m} and {n}" for m, n in wrong + [(x[0], y[0]), (a, y[1]), (x[1], b), (x[0], y[1]), (x[1], y[0])]]
-    else:
-        wrong = [str(mark) for mark in rng.permutation([mark for mark in MARKS if mark != answer])]
-    choices = tuple(str(c) for c in rng.permutation([answer, *wrong[:world.options - 1]])) if world.options else ()
-    return Question(text, answer, functools.partial(draw, things, world.clutter, int(rng.integers(2**31))), choices,
-                    ("direct_attributes", "comparison", "coarse_to_fine")[kind],
-                    tuple(t.plate for t in evidence), {t.name: t.plate for t in things},
-                    {t.name: t.mark for t in things}, f"{split}-{seed}-{index}")
+def other_marks(mark: str, rng: np.random.Generator) -> list[str]:
+    return rng.permutation([other for other in MARKS if other != mark]).tolist()
+
+
+def wrong_pairs(first: str, second: str, rng: np.random.Generator) -> list[str]:
+    """Wrong options of a comparison. They share halves with the right one, and with one another,
+    so that one look does not settle the question."""
+    a, b, *_ = other_marks(first, rng)
+    c, d, *_ = other_marks(second, rng)
+    pairs = [(first, c), (a, second)]
+    if rng.random() >= .5:
+        pairs.reverse()
+    pairs += [(a, c), (first, d), (b, second), (a, d), (b, c)]
+    return [f"{one} and {other}" for one, other in pairs]
 
 
 def world_questions(world: World, seed: int, split: str, start: int, count: int) -> list[Question]:
@@ -191,12 +266,12 @@ def world_questions(world: World, seed: int, split: str, start: int, count: int)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Save some questions of the embedded world.")
-    parser.add_argument("--out", default="runs/world", help="folder for the pictures and questions.jsonl")
+    parser.add_argument("--out", default="runs/world", help="folder of pictures, questions.jsonl")
     parser.add_argument("--n", type=int, default=12, help="how many")
-    parser.add_argument("--options", type=int, default=4, help="options of a mark question, 0 or 2 to 8")
+    parser.add_argument("--options", type=int, default=4, help="of a question, 0 or 2 to 8")
     args = parser.parse_args()
-    questions = world_questions(World(options=args.options), seed=0, split="test", start=0, count=args.n)
+    questions = world_questions(World(options=args.options), 0, "test", start=0, count=args.n)
     file = write_jsonl(questions, args.out)
-    for q in questions:
-        print(f"{q.category:18} {q.prompt!r} -> {q.answer}")
+    for question in questions:
+        print(f"{question.category:18} {question.prompt!r} -> {question.answer}")
     print(f"saved {file}")

@@ -1,0 +1,158 @@
+"""A run's folder: its name, its lines of numbers, its checkpoints. Nothing in it is ever lost.
+
+    runs/mapo/metrics.jsonl          a line a step
+    runs/mapo/step-000050/           the newest checkpoint, which is also the model: a standard
+                                     directory, and beside it what `--resume` needs
+
+What it teaches: a run can be killed at any moment. A checkpoint is written aside, and gets its name
+when it is complete; only then does the older one go. What a run needs to go on *bit for bit*: the
+weights in float32 (the optimiser's masters), Adam's moments, and the state of every random stream.
+
+Run it:  python -m lib.checkpoint runs/mapo        # what a run's folder holds
+"""
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from lib import shard
+from lib.policy import Policy
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+def holds_a_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The folder and those named after it, folder-2, folder-3, .., in this order."""
+    pattern = re.compile(re.escape(folder.name) + r"-(\d+)")
+    later = {}
+    for path in folder.parent.glob(f"{folder.name}-*"):
+        if match := pattern.fullmatch(path.name):
+            later[int(match[1])] = path
+    return [folder, *(later[number] for number in sorted(later))]
+
+
+def choose_folder(folder: Path, resume: bool) -> Path:
+    """Where a run goes: a new one never into a folder that holds one, a resumed one to the latest.
+
+    Raises FileNotFoundError if there is nothing to resume."""
+    found = [path for path in numbered(folder) if holds_a_run(path)]
+    if resume:
+        found = [path for path in found if checkpoints(path)]
+        if not found:
+            raise FileNotFoundError(f"--resume: no checkpoint in {folder}; "
+                                    f"expected {folder}/step-*/state-0.pt")
+        return found[-1]
+    number = 1
+    new = folder
+    while holds_a_run(new):
+        number += 1
+        new = folder.with_name(f"{folder.name}-{number}")
+    return new
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state-0.pt").is_file())
+
+
+def newest(folder: str | Path) -> Path:
+    """The model directory that a name means: of a run its newest checkpoint, else the folder."""
+    folder = Path(folder)
+    found = checkpoints(folder)
+    return found[-1] if found else folder
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.ShardedAdamW],
+         generator: torch.Generator, settings: dict) -> None:
+    """Write folder/step-..: the model, and of each rank its part of the optimisers and its random
+    state. All ranks must call it. `settings` are the run's own, checked when it is resumed."""
+    final, aside = folder / f"step-{step:06}", folder / "saving"
+    with shard.together():
+        if shard.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            policy.save(aside)
+            (aside / "train.json").write_text(json.dumps(settings, indent=1))
+            for number in range(len(optimisers)):
+                (aside / f"optimiser-{number}").mkdir()
+    for number, optimiser in enumerate(optimisers):
+        optimiser.save(aside / f"optimiser-{number}")
+    with shard.together():
+        state = {"step": step, "generator": generator.get_state()}
+        torch.save(state, aside / f"state-{shard.rank()}.pt")
+    with shard.together():
+        if shard.rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in checkpoints(folder):
+                if old != final:
+                    shutil.rmtree(old)
+
+
+def load(checkpoint: Path, optimisers: list[shard.ShardedAdamW], generator: torch.Generator) -> int:
+    """Everything but the model directory; returns the steps done. All ranks must call it; they may
+    be more or fewer than those that saved. A rank that was not there has a fresh random state."""
+    for number, optimiser in enumerate(optimisers):
+        optimiser.load(checkpoint / f"optimiser-{number}")
+    with shard.together():
+        step = torch.load(checkpoint / "state-0.pt", weights_only=True)["step"]
+        mine = checkpoint / f"state-{shard.rank()}.pt"
+        if mine.is_file():
+            state = torch.load(mine, weights_only=True)["generator"]
+            if len(state) == len(generator.get_state()):     # a CPU's does not fit CUDA's generator
+                generator.set_state(state)
+    return step
+
+
+def check_settings(checkpoint: Path, settings: dict, free: set[str]) -> None:
+    """Raises ValueError if the checkpoint's run had other settings, but for the `free` ones: what
+    would go on were neither run."""
+    before = json.loads((checkpoint / "train.json").read_text())
+    changed = [f"--{name} {before[name]!r} there and {value!r} now"
+               for name, value in settings.items()
+               if name not in free and name in before and before[name] != value]
+    if changed:
+        raise ValueError(f"{checkpoint}: --resume expected the same settings, "
+                         f"found {'; '.join(changed)}")
+
+
+# ---- lines of numbers ----------------------------------------------------------------------------
+
+def append(file: Path, records: list[dict]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def keep_lines(file: Path, steps: int) -> None:
+    """Drop the lines written after the checkpoint of `steps` steps, from which a run goes on."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if step_of(line) <= steps]
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:                                       # torn by a kill
+        return math.inf
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/mapo")
+    if not holds_a_run(folder):
+        sys.exit(f"{folder}: holds no run; expected the folder of a run of train.py")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    print(f"{folder}: {len(lines)} steps; the model is {newest(folder)}")
+    for path in sorted(newest(folder).rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:12,} bytes  {path.relative_to(folder)}")
