@@ -213,6 +213,16 @@ def prepare(out: Path, settings: dict) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------
 
+def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
+    """The benchmark's name, or "", and all its questions."""
+    if not args.data:
+        return "", world_questions(World(options=args.options), 0, "test", 0, args.n or 500)
+    name, questions = benchmarks.load(args.data)
+    if not questions:
+        raise DataError(f"{args.data}: no questions")
+    return name, questions if name else answerable(questions)
+
+
 def accept_plain(trajectories: list[Trajectory]) -> None:
     """Without tools, a model that never learnt to write tags may just say "B". So a short text
     after its thought is an answer, too."""
@@ -230,14 +240,14 @@ def base_of(model: str) -> str:
 
 
 def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Question]) -> Scorer:
-    """Its reference crops are of --data, or of the world. Raises ValueError if --encoder has another
-    vision tower than the policy, whose features of the crops it scores."""
+    """Its reference crops are of --data, or of the world. Raises ValueError if the encoder has
+    another vision tower than the policy, whose features of the crops it scores."""
     encoder = policy
     if args.encoder != args.model:
         encoder = Policy(args.encoder, policy.device, policy.model.dtype)
-    if not same_eyes(policy, encoder):
-        raise ValueError(f"--encoder {args.encoder}: expected the vision tower of {args.model}, "
-                         f"found another; use --encoder none, or --encoder {args.model}")
+        if not same_eyes(policy, encoder):
+            raise ValueError(f"--encoder {args.encoder}: expected the vision tower of {args.model},"
+                             f" found another; use --encoder none, or --encoder {args.model}")
     return Scorer(encoder, questions[:64] if args.data else None)
 
 
@@ -274,16 +284,10 @@ def run(args: argparse.Namespace) -> None:
     # a fast process waits for the slowest, however long that takes
     device = shard.setup(args.device, timeout=30 * 86400)
     with shard.together():
-        if args.data:
-            name, every = benchmarks.load(args.data)
-            every = every if name else answerable(every)
-        else:
-            world = World(options=args.options)
-            name, every = "", world_questions(world, 0, "test", 0, args.n or 500)
-        if not every:
-            raise DataError(f"{args.data}: no questions")
-        questions, asked_for = every[:args.n], Path(args.model)
-        args.model = str(newest(asked_for))
+        name, every = load_questions(args)
+        questions, named = every[:args.n], Path(args.model)
+        # from here on, args say what is really used
+        args.model = str(newest(named))
         args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
         if args.no_tools:
@@ -298,8 +302,8 @@ def run(args: argparse.Namespace) -> None:
         settings["questions"] = args.data and stamp(Path(args.data))
     with shard.together():
         if shard.rank() == 0:
-            if Path(args.model) != asked_for:
-                print(f"judging {args.model}, the newest weights of {asked_for}")
+            if Path(args.model) != named:
+                print(f"judging {args.model}, the newest weights of {named}")
             if out != Path(args.out):
                 print(f"{args.out} holds predictions; this run's are in {out}")
             prepare(out, settings)
@@ -313,7 +317,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             print(table(summary(trajectories, questions)))
         print(histogram(trajectories))
-        print(f"saved {out}/predictions-*.jsonl" + (f" and {out}/films.png" if args.films else ""))
+        films = out / "films.png"
+        print(f"saved {out}/predictions-*.jsonl" + (f" and {films}" if films.is_file() else ""))
 
 
 def main() -> None:
@@ -330,7 +335,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of sampling")
     add("--no_tools", action="store_true", help="one turn, and no word of tools")
     add("--encoder", help="model that scores the looks, or none; default: the frozen base model")
-    add("--films", type=int, default=4, help="draw this many film strips")
+    add("--films", type=int, default=4, help="film strips of the first questions")
     add("--out", default="runs/eval", help="folder for predictions and film strips")
     add("--resume", action="store_true", help="keep the predictions in --out, ask only the rest")
     add("--device", default="cpu", help="cpu or cuda")

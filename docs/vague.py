@@ -1,130 +1,145 @@
 """Reward hacking, shown: an agent that may describe any look as "the object".
 
-What it teaches: why a description must be mandatory, specific and contrasted. `tiny/` never says anything vague, so this script first
-teaches it to (imitation, half of its labels "the object", which its encoder learns to find in every crop), and then trains it with MAPO
-from that start under three scores:
+What it teaches: why a description must be specific, and why its score must be contrasted. `tiny/`
+never says anything vague. So this script first teaches it to: by imitation, with "the object" as
+half of the labels, which its encoder learns to find in every crop. From that start it trains with
+MAPO under three scores:
 
-    cosine      s = max(cos, 0), as CLIPScore has it (arXiv 2104.08718), and any label goes
-    contrast    eq. 5 to 7 of reward.py, and any label goes
-    refused     eq. 5 to 7, and tools.py refuses vague labels: the default
+    cosine      s = max(cos, 0), as CLIPScore has it (arXiv 2104.08718); any label goes
+    contrast    eq. 8 to 10 (reward.py); any label goes
+    refused     eq. 8 to 10, and tools.py refuses vague labels: the default
 
-Run it:  python docs/vague.py                  # three seeds of each -> docs/vague.md, docs/vague.jsonl
-         python docs/vague.py --table          # only the page, from docs/vague.jsonl
+Run it:  python docs/vague.py             # three seeds of each, 40 minutes -> vague.jsonl, vague.md
+         python docs/vague.py --table     # only the page, from vague.jsonl
 """
 import argparse
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import torch
-import torch.distributed as dist
 
 import reward
-from tiny import build as tiny
 import tools
 import train
 from experiments import mean_interval
-from lib.policy import Policy, Tokens
+from lib.policy import Policy
+from tiny import build
 
 RUNS, RESULTS = ROOT / "runs/vague", ROOT / "docs/vague.jsonl"
 VAGUE, ARMS, SEEDS, STEPS = "the object", ("cosine", "contrast", "refused"), range(3), 40
+FIRST, LAST = slice(5), slice(-5, None)
+# Where the runs in vague.jsonl began. After new runs, the hash of their commit goes here.
+START = "These runs began from an older `tiny/`, that of commit fa94ef9, and were not repeated."
 
 
-class Vague(tiny.Source):
-    """Demonstrations half of whose labels are vague, and crops that the vague label fits whatever they show."""
+class Vague(build.Source):
+    """Demonstrations half of whose labels are vague, and crops that the vague label always fits."""
 
     def demonstrations(self, count: int, gap: float):
-        call = tiny.call_text
-        tiny.call_text = lambda label, box: call(VAGUE if self.rng.random() < .5 else label, box)
-        samples, pairs = super().demonstrations(count, gap)
-        tiny.call_text = call
-        return samples, [(crop, VAGUE, True) if self.rng.random() < .25 else (crop, label, good) for crop, label, good in pairs]
+        specific = build.zoom_call
 
+        def call(label, box):
+            return specific(VAGUE if self.rng.random() < .5 else label, box)
 
-def build(folder: Path, steps: int = 120) -> None:
-    """tiny/, imitating the vague demonstrator."""
-    dist.init_process_group("gloo", init_method=f"file://{folder.parent.resolve()}/rendezvous", rank=0, world_size=1)
-    torch.manual_seed(0)
-    policy = Policy(ROOT / "tiny")
-    policy.model.train()
-    tiny.stage_language(policy, Vague(policy, 900, 0, 1), "vague", steps, 24, 5e-4, print, gap=tiny.STAGES["habit"]["gap"])
-    dist.destroy_process_group()
-    policy.save(folder)
+        with patch.object(build, "zoom_call", call):
+            samples, pairs = super().demonstrations(count, gap)
+        for i, (crop, _, _) in enumerate(pairs):
+            if self.rng.random() < .25:
+                pairs[i] = crop, VAGUE, True
+        return samples, pairs
 
 
 class Cosine(reward.Scorer):
     """The score without contrast."""
 
-    def __call__(self, labels: list[str], crops: list[Tokens]) -> torch.Tensor:
-        shown, which = reward.distinct(crops)
-        return (self.embed_labels(labels) * self.policy.embed(shown)[which]).sum(-1).clamp(min=0)
+    def squash(self, cosine: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return cosine.clamp(min=0)
 
 
-def run(arm: str, seed: int) -> None:
-    """One training run, `vague` (share of looks with a vague label) among its metrics."""
-    if arm != "refused":
-        tools.VAGUE = frozenset()
-    if arm == "cosine":
-        train.Scorer = Cosine
-    measure = train.measure
+def make_start() -> None:
+    """tiny/, after 120 steps of imitating the vague demonstrator."""
+    torch.manual_seed(0)
+    policy = Policy(ROOT / "tiny")
+    build.stage_act(policy, Vague(policy, 900), steps=120, batch=24, lr=5e-4, gap=.6)
+    policy.save(RUNS / "start")
 
-    def with_vague(trajectories, total=lambda x: x):
-        labels = [turn.call.label for t in trajectories for turn in t.looks]
-        return measure(trajectories, total) | {"vague": sum(label == VAGUE for label in labels) / max(len(labels), 1)}
 
-    train.measure = with_vague
-    train.train(train.parse_config(["--model", str(RUNS / "start"), "--out", str(RUNS / f"{arm}-{seed}"), "--questions", "8", "--steps", str(STEPS),
-                                    "--eval_questions", "200", "--seed", str(seed), "--save_every", "1000"]))
+def measure(trajectories: list, *total) -> dict:
+    """reward.measure, and `vague`: the share of looks with the vague label."""
+    labels = [turn.call.label for t in trajectories for turn in t.looks]
+    share = labels.count(VAGUE) / max(len(labels), 1)
+    return reward.measure(trajectories, *total) | {"vague": share}
+
+
+def run(arm: str, seed: int) -> dict:
+    """One run of train.py. Returns its line in vague.jsonl: its curves, and what it ended at."""
+    out = RUNS / f"{arm}-{seed}"
+    scorer = Cosine if arm == "cosine" else reward.Scorer
+    refused = tools.VAGUE if arm == "refused" else frozenset()
+    with (patch.object(train, "measure", measure), patch.object(train, "Scorer", scorer),
+          patch.object(tools, "VAGUE", refused)):
+        train.train(train.parse_config([
+            "--model", str(RUNS / "start"), "--out", str(out), "--seed", str(seed),
+            "--questions", "8", "--steps", str(STEPS), "--eval_questions", "200"]))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    after = json.loads((out / "results.json").read_text())["after sampled"]
+    line = {"arm": arm, "seed": seed, "after": {key: after[key] for key in ("hit", "accuracy")}}
+    for key in ("vague", "semantic", "valid"):
+        line[key] = [round(step[key] or 0., 4) for step in steps]
+    return line
 
 
 def page(runs: list[dict]) -> str:
-    first, last = (lambda key: lambda r: sum(r[key][:5]) / 5), (lambda key: lambda r: sum(r[key][-5:]) / 5)
-    columns = {"vague, first 5 steps": first("vague"), "vague, last 5": last("vague"), "semantic, first 5": first("semantic"),
-               "semantic, last 5": last("semantic"), "valid turns, first 5": first("valid"), "hit, held out": lambda r: r["after"]["hit"],
-               "accuracy, held out": lambda r: r["after"]["accuracy"]}
-    lines = [__doc__.split("Run it")[0].strip(), "", f"`python docs/vague.py` made this page: {STEPS} steps of 8 x 8, {len(SEEDS)} seeds, mean ± 95% interval (Student's t). "
-             "*Vague*: share of looks described as \"the object\". Held out: 200 questions, sampled.", "",
-             "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    title, about = __doc__.split("\n\nRun it")[0].split("\n\n", 1)
+    rows = []
     for arm in ARMS:
-        lines.append(f"| {arm} | " + " | ".join(mean_interval([f(r) for r in runs if r["arm"] == arm]) for f in columns.values()) + " |")
-    return "\n".join(lines) + "\n"
+        own = [run for run in runs if run["arm"] == arm]
+        vague_first, vague_last = means(own, "vague", FIRST), means(own, "vague", LAST)
+        columns = [vague_first, vague_last, [b - a for a, b in zip(vague_first, vague_last)],
+                   means(own, "semantic", FIRST), means(own, "semantic", LAST),
+                   means(own, "valid", FIRST), [run["after"]["hit"] for run in own],
+                   [run["after"]["accuracy"] for run in own]]
+        rows.append(f"| {arm} | {' | '.join(mean_interval(values) for values in columns)} |")
+    table = "\n".join(rows)
+    return f"""{title}
+
+**{START}**
+
+{about}
+
+`python docs/vague.py` made this page: {STEPS} steps of 8 x 8, {len(SEEDS)} seeds, mean ± 95%
+interval (Student's t). *Vague* is the share of looks described as "the object"; its change is
+taken seed by seed. Held out: 200 questions, sampled.
+
+| | vague, first 5 steps | vague, last 5 | change | semantic, first 5 | semantic, last 5 | \
+valid turns, first 5 | hit, held out | accuracy, held out |
+|---|---|---|---|---|---|---|---|---|
+{table}
+
+- Under the cosine the vague label pays: its share grows in every seed.
+- Under the contrast it does not: after {STEPS} steps it is gone, in every seed.
+- To refuse it costs valid turns at first. After {STEPS} steps hit and accuracy do not tell the last
+  two rows apart.
+"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    args = parser.parse_args()
-    if args.run:
-        return run(args.run[0], int(args.run[1]))
-    if not args.table:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        if not (RUNS / "start/config.json").is_file():
-            build(RUNS / "start")
-        command = lambda job: subprocess.run([sys.executable, __file__, "--run", job[0], str(job[1])], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                                             stderr=(RUNS / "errors.log").open("a"))
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(command, [(arm, seed) for seed in SEEDS for arm in ARMS]))
-        results = []
-        for arm in ARMS:
-            for seed in SEEDS:
-                lines = [json.loads(line) for line in (RUNS / f"{arm}-{seed}/metrics.jsonl").open()]
-                after = json.loads((RUNS / f"{arm}-{seed}/results.json").read_text())["after sampled"]
-                results.append({"arm": arm, "seed": seed, "after": {k: after[k] for k in ("accuracy", "hit", "semantic", "calls", "gap")},
-                                **{key: [round(line[key] or 0., 4) for line in lines] for key in ("vague", "semantic", "valid", "accuracy", "hit")}})
-        RESULTS.write_text("".join(json.dumps(r) + "\n" for r in results))
-    text = page([json.loads(line) for line in RESULTS.open()])
-    (ROOT / "docs/vague.md").write_text(text)
-    print(text)
+def means(runs: list[dict], key: str, part: slice) -> list[float]:
+    """Each run's mean over five steps."""
+    return [sum(run[key][part]) / 5 for run in runs]
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    if not parser.parse_args().table:
+        make_start()
+        lines = [json.dumps(run(arm, seed)) + "\n" for seed in SEEDS for arm in ARMS]
+        RESULTS.write_text("".join(lines))
+    text = page([json.loads(line) for line in RESULTS.open()])
+    (ROOT / "docs/vague.md").write_text(text)
+    print(text)

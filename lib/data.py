@@ -53,9 +53,13 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text that the agent reads: the question, then lettered options."""
+        """The text that the agent reads: the question, then lettered options. In a benchmark
+        they stand one a line, as VLMEvalKit asks."""
         if not self.choices:
             return self.text
+        if self.meta:
+            lines = [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(self.choices)]
+            return "\n".join([self.text, "Options:", *lines])
         options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(self.choices)]
         return f"{self.text}\nOptions: {' '.join(options)}"
 

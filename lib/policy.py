@@ -16,7 +16,7 @@ The sampler (lib/sampler.py) and the trainer both use it. So the ratio of the ne
 one is 1 before a step: within 1e-4 in float32, for any padding, any order of the batch and any
 number of turns (tests/test_sampler.py).
 
-Run it:  python -m lib.policy  # a small picture: its tokens, positions, log-probabilities
+Run it:  python -m lib.policy      # a small picture: its tokens, positions, log-probabilities
 """
 import functools
 import json
@@ -66,7 +66,7 @@ class Policy:
         (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says.
 
         Raises what read_config raises."""
-        self.path, config = Path(path), read_config(path)
+        config = read_config(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         # AutoProcessor asks for torchvision, because of video. The two parts that we need do not.
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
@@ -79,7 +79,7 @@ class Policy:
         self.resolution = Resolution(self.processor.patch_size * self.merge,
                                      size["shortest_edge"], size["longest_edge"])
 
-        note = self.path / "agent.json"  # how an agent of ours was taught to speak
+        note = Path(path) / "agent.json"  # how an agent of ours was taught to speak
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         self.coordinates = coordinates or agent.get("coordinates", "pixels")
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
@@ -87,19 +87,6 @@ class Policy:
         words = self.tokenizer.get_added_vocab()
         self.image_id, self.end_id = config.image_token_id, words["<|im_end|>"]
         self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
-
-    def freeze_vision(self) -> list[torch.nn.Parameter]:
-        """Only the language model learns: returns its parameters. An image's features then never
-        change, and it is encoded once for sampling, training and the semantic score."""
-        self.model.requires_grad_(True)
-        self.model.model.visual.requires_grad_(False)
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def recompute_layers(self) -> None:
-        """Activation checkpointing: the backward pass computes each layer again, none is stored.
-        (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
-        for layer in self.language.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
         """The range of a box's coordinates, if the image is seen at (width, height) pixels."""
@@ -272,6 +259,21 @@ class Policy:
             parts = ["<|vision_start|>", item, "<|vision_end|>\nSummary above image in one word:"]
         return self.tokens("<|im_start|>user\n", *parts, "<|im_end|>\n<|im_start|>assistant\n")
 
+    # ---- training and saving
+
+    def freeze_vision(self) -> list[torch.nn.Parameter]:
+        """Only the language model learns: returns its parameters. An image's features then never
+        change, and it is encoded once for sampling, training and the semantic score."""
+        self.model.requires_grad_(True)
+        self.model.model.visual.requires_grad_(False)
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def recompute_layers(self) -> None:
+        """Activation checkpointing: the backward pass computes each layer again, none is stored.
+        (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
+        for layer in self.language.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
     def save(self, folder: str | Path) -> None:
         """Write a standard model directory, which this class and transformers load."""
         for part in (self.model, self.tokenizer, self.processor):
@@ -349,9 +351,9 @@ def newest(states: Tensor, batch: list[Tokens]) -> Tensor:
 def distinct(items: list) -> tuple[list, list[int]]:
     """The different objects among the items, and for each item which of them it is: what is
     shared is computed once."""
-    objects = {id(item): item for item in items}
-    place = {key: i for i, key in enumerate(objects)}
-    return list(objects.values()), [place[id(item)] for item in items]
+    objects = list({id(item): item for item in items}.values())
+    place = {id(item): i for i, item in enumerate(objects)}
+    return objects, [place[id(item)] for item in items]
 
 
 class Repeatable(DynamicLayer):

@@ -54,13 +54,13 @@ class Session:
         for _ in range(max_tokens):
             logp = self.policy.log_softmax(self.last, temperature or 1.0)  # (B, V)
             token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)  # (B,)
-            drawn = zip(token.tolist(), logp.gather(-1, token[:, None])[:, 0].tolist())
+            chosen = logp.gather(-1, token[:, None])[:, 0]  # (B,)
             fed = [Tokens([]) for _ in self.next]
-            for row, (number, value) in enumerate(drawn):
+            for row, (i, value) in enumerate(zip(token.tolist(), chosen.tolist())):
                 if talking[row]:
-                    ids[row].append(number)
+                    ids[row].append(i)
                     logps[row].append(value)
-                    fed[row] = Tokens([number])
+                    fed[row] = Tokens([i])
                     talking[row] = not ends_turn(ids[row], self.policy)
             self.append(fed)
             if not any(talking):
@@ -99,39 +99,42 @@ def ends_turn(ids: list[int], policy: Policy) -> bool:
 
 
 def demonstrate() -> None:
-    """Four conversations of the agent in tiny/ about one picture, each with one observation."""
+    """Four conversations of the agent in tiny/ about one picture: a turn, a crop, a turn.
+    (The picture is not of the agent's world, and it may misread it.)"""
     torch.set_num_threads(1)
     policy, generator = Policy("tiny"), torch.Generator().manual_seed(0)
-    picture = Image.new("RGB", (768, 768), "gray")
-    ImageDraw.Draw(picture).ellipse((192, 416, 320, 544), fill="red")
-    crop = picture.crop((192, 416, 320, 544))
-    image, crop = policy.encode_images([fit(picture, policy.resolution),
-                                        fit(crop, policy.resolution.crop())])
-    prompt = policy.prompt(image, "What mark is on the red circle?\nOptions: (A) vee (B) split")
+    picture = Image.new("RGB", (768, 768), (110, 110, 110))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((192, 416, 320, 544), fill=(214, 45, 45))
+    pen.rectangle((461, 589, 563, 691), fill="blue")
+    pen.rectangle((224, 448, 288, 512), fill="white")
+    for y in range(448, 512, 8):
+        pen.rectangle((224, y, 288, y + 3), fill="black")
+    crop = fit(picture.crop((192, 416, 320, 544)), policy.resolution.crop())
+    image, crop = policy.encode_images([fit(picture, policy.resolution), crop])
+    prompt = policy.prompt(image, "What mark is on the red circle?\n"
+                                  "Options: (A) horizontal (B) vertical (C) vee (D) checks")
     observation = policy.observation(crop)
 
     session = Session(policy, [prompt], group=4)
-    rows, masks, logps = [prompt] * 4, [[False] * len(prompt.ids)] * 4, [[]] * 4
-    for turn in (1, 2):
-        for row, (ids, values) in enumerate(zip(*session.sample(64, generator=generator))):
-            print(f"turn {turn}, row {row}: {policy.decode(ids)}")
-            rows[row] = rows[row] + Tokens(ids)
-            masks[row] = masks[row] + [True] * len(ids)
-            logps[row] = logps[row] + values
-        if turn == 1:
-            session.append([observation] * 4)
-            rows = [tokens + observation for tokens in rows]
-            masks = [mask + [False] * len(observation.ids) for mask in masks]
+    first, first_logps = session.sample(64, 0.5, generator)
+    session.append([observation] * 4)
+    second, second_logps = session.sample(64, 0.5, generator)
 
+    rows, masks = [], []
+    for row in range(4):
+        print(f"{policy.decode(first[row])}\n    crop -> {policy.decode(second[row])}")
+        rows.append(prompt + Tokens(first[row]) + observation + Tokens(second[row]))
+        masks.append([False] * len(prompt.ids) + [True] * len(first[row])
+                     + [False] * len(observation.ids) + [True] * len(second[row]))
     with torch.no_grad():
-        again, _ = policy.logprobs(rows, masks, prompts=[prompt] * 4)
-    gap = 0.
+        again, _ = policy.logprobs(rows, masks, 0.5, prompts=[prompt] * 4)
+    worst = 0.0
     for row in range(4):
         own = torch.tensor(masks[row][1:])
-        recomputed = again[row, :len(own)][own]
-        gap = max(gap, (recomputed - torch.tensor(logps[row])).abs().max().item())
-    print(f"{sum(map(len, logps))} tokens of the agent: their log-probabilities, when sampled and "
-          f"when recomputed, differ by at most {gap:.0e}")
+        sampled = torch.tensor(first_logps[row] + second_logps[row])
+        worst = max(worst, (again[row, :len(own)][own] - sampled).abs().max().item())
+    print(f"\nThe trainer's log-probabilities of these tokens differ by at most {worst:.0e}.")
 
 
 if __name__ == "__main__":

@@ -1,214 +1,261 @@
-"""One distribution: sampled and recomputed log-probabilities agree, whatever the padding, batch or number of turns."""
+"""One distribution: log-probabilities do not depend on padding, batch, chunks or shared prompts.
+They, their gradients, the positions and the hidden states are those of independent code."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
-from lib.policy import Policy, TokenLogprobs, Tokens, mrope_positions
-from lib.sampler import Session, draw
-from rollout import collect
+from lib import policy as policy_module
+from lib.policy import Policy, TokenLogprobs, Tokens, allowed_logits, causal, mrope_positions
 from tools import fit
 
 
-def recompute(policy, trajectories, order=None):
-    """{index: log-probabilities of the agent's tokens}, computed in one padded batch in the given order."""
-    order = order or range(len(trajectories))
+def logprobs(policy, part, **options):
+    return policy.logprobs([t.tokens for t in part], [t.mask for t in part], **options)
+
+
+def by_trajectory(policy, part):
+    """The agent's log-probabilities, a tensor a trajectory, computed in one padded batch."""
     with torch.no_grad():
-        logp, *_ = policy.logprobs([trajectories[i].tokens for i in order], [trajectories[i].mask for i in order])
-    return {i: logp[row][torch.tensor(trajectories[i].mask[1:] + [False] * (logp.shape[1] + 1 - len(trajectories[i].mask)))]
-            for row, i in enumerate(order)}
+        logp, _ = logprobs(policy, part)
+    return [row[:len(t.mask) - 1][torch.tensor(t.mask[1:])] for row, t in zip(logp, part)]
 
 
-def sampled(trajectory):
-    return torch.tensor([p for p, m in zip(trajectory.logps, trajectory.mask) if m])
-
-
-def test_sampled_logps_equal_recomputed(policy, trajectories):
-    """The ratio of new to old policy is 1 before a step: within 1e-4 for trajectories of one, two and three turns."""
-    assert {1, 2, 3} & {len(t.turns) for t in trajectories} >= {2, 3}
-    for i, logp in recompute(policy, trajectories).items():
-        assert (logp - sampled(trajectories[i])).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("max_turns", [1, 2, 3])
-def test_sampled_logps_for_each_number_of_turns(policy, questions, max_turns):
-    part = collect(policy, questions[:3], 2, max_turns=max_turns, generator=torch.Generator().manual_seed(1))
-    assert max(len(t.turns) for t in part) == max_turns
-    for i, logp in recompute(policy, part).items():
-        assert (logp - sampled(part[i])).abs().max() < 1e-4
-
+# ---- log-probabilities ---------------------------------------------------------------------------
 
 def test_padding_and_batch_order_change_nothing(policy, trajectories):
     """Alone, in a batch, or in the batch reversed: a trajectory keeps its log-probabilities."""
-    together, back = recompute(policy, trajectories), recompute(policy, trajectories, list(reversed(range(len(trajectories)))))
-    for i, trajectory in enumerate(trajectories):
-        alone = recompute(policy, [trajectory])[0]
-        assert (together[i] - alone).abs().max() < 1e-4 and (back[i] - alone).abs().max() < 1e-4
+    together = by_trajectory(policy, trajectories)
+    back = by_trajectory(policy, trajectories[::-1])[::-1]
+    assert len({len(t.mask) for t in trajectories}) > 5
+    for trajectory, first, second in zip(trajectories, together, back):
+        alone = by_trajectory(policy, [trajectory])[0]
+        assert (first - alone).abs().max() < 1e-4 and (second - alone).abs().max() < 1e-4
 
 
 def test_chunks_change_nothing(policy, trajectories):
-    tokens, masks = [t.tokens for t in trajectories], [t.mask for t in trajectories]
     with torch.no_grad():
-        whole, entropy, _ = policy.logprobs(tokens, masks)
-        pieces, entropies, _ = policy.logprobs(tokens, masks, chunk=7)
-    assert torch.allclose(whole, pieces, atol=1e-5) and torch.allclose(entropy, entropies, atol=1e-4)
+        whole, entropy = logprobs(policy, trajectories)
+        pieces, entropies = logprobs(policy, trajectories, chunk=7)
+    assert torch.allclose(whole, pieces, atol=1e-5)
+    assert torch.allclose(entropy, entropies, atol=1e-5)
 
 
-def test_prefilling_once_per_group_equals_prefilling_each(policy, questions):
-    """Greedy turns from a shared prompt equal greedy turns from a batch in which every row has its own."""
-    images = policy.encode_images([fit(q.open(), policy.resolution) for q in questions[:2]])
-    prompts = [policy.prompt(image, q.prompt) for image, q in zip(images, questions)]
-    shared, _ = Session(policy, prompts, group=3).sample(40, temperature=0)
-    own, _ = Session(policy, [p for p in prompts for _ in range(3)]).sample(40, temperature=0)
-    assert shared == own
+def test_columns_speak_of_the_next_token(policy, trajectories):
+    """Where the mask is true and nowhere else; by the model's own head on whole sequences."""
+    part = trajectories[:3]
+    with torch.no_grad():
+        logp, entropy = logprobs(policy, part, temperature=.7)
+        for row, t in enumerate(part):
+            ours = policy.log_softmax(policy.hidden([t.tokens])[0][0], .7)
+            for column, own in enumerate(t.mask[1:]):
+                expected = ours[column, t.tokens.ids[column + 1]] if own else 0.
+                assert logp[row, column] == pytest.approx(float(expected), abs=1e-4)
+                assert (entropy[row, column] > 0) == own
+            assert not logp[row, len(t.mask) - 1:].any()
+
+
+def test_own_states_with_and_without_shared_prompts(policy, trajectories):
+    """Row by row the states before the agent's tokens, and where they belong."""
+    part = trajectories[2:7]                                   # two prompts
+    tokens, masks = [t.tokens for t in part], [t.mask for t in part]
+    with torch.no_grad():
+        states, own = policy.own_states(tokens, masks)
+        shared, own_too = policy.own_states(tokens, masks, [t.prompt for t in part])
+    assert torch.equal(own, own_too) and own.tolist() == [
+        t.mask[1:] + [False] * (own.shape[1] + 1 - len(t.mask)) for t in part]
+    assert states.shape == (own.sum(), 128) and torch.allclose(states, shared, atol=1e-4)
+    first = part[0].mask.index(True)
+    with torch.no_grad():
+        alone = policy.hidden([part[0].tokens])[0][0, first - 1]
+    assert torch.allclose(states[0], alone, atol=1e-4)
 
 
 def test_sharing_prompts_changes_neither_logps_nor_gradients(trajectories):
-    """A group's prompt computed once, or with each row: equal log-probabilities, and equal gradients, which must flow back
-    through the shared keys and values."""
-    policy = Policy(ROOT / "tiny")
-    tokens, masks = [t.tokens for t in trajectories[:6]], [t.mask for t in trajectories[:6]]
-    assert trajectories[0].prompt is trajectories[1].prompt and trajectories[0].prompt is not trajectories[4].prompt
-    weights = [p for p in policy.language.parameters()]
-    alone, entropy, _ = policy.logprobs(tokens, masks)
-    shared, entropies, _ = policy.logprobs(tokens, masks, prompts=[t.prompt for t in trajectories[:6]])
-    assert torch.allclose(alone, shared, atol=1e-4) and torch.allclose(entropy, entropies, atol=1e-4)
-    first, second = (torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)]) for logp in (alone, shared))
-    assert (first - second).norm() < 1e-4 * first.norm()
+    """A group's prompt computed once, or with each row: equal log-probabilities, and equal
+    gradients, which must flow back through the shared keys and values."""
+    policy, part = Policy(ROOT / "tiny"), trajectories[:6]
+    assert part[0].prompt is part[1].prompt and part[0].prompt is not part[4].prompt
+    found = []
+    for prompts in (None, [t.prompt for t in part]):
+        logp, entropy = logprobs(policy, part, prompts=prompts)
+        gradients = torch.autograd.grad(logp.sum(), list(policy.language.parameters()))
+        found.append((logp, entropy, torch.cat([g.flatten() for g in gradients])))
+    (logp, entropy, gradient), (logp_too, entropy_too, gradient_too) = found
+    assert torch.allclose(logp, logp_too, atol=1e-4)
+    assert torch.allclose(entropy, entropy_too, atol=1e-4)
+    assert (gradient - gradient_too).norm() < 1e-4 * gradient.norm()
 
 
 def test_recomputing_layers_changes_nothing(trajectories):
-    """Activation checkpointing, with shared prompts: the same log-probabilities and gradients, bit for bit."""
-    results = []
+    """Activation checkpointing, with shared prompts: the same log-probabilities and gradients, bit
+    for bit, although no layer keeps what it computed."""
+    part, results, kept = trajectories[:4], [], []
     for recompute in (False, True):
         policy = Policy(ROOT / "tiny")
         if recompute:
             policy.recompute_layers()
-        part = trajectories[:4]
-        logp, *_ = policy.logprobs([t.tokens for t in part], [t.mask for t in part], prompts=[t.prompt for t in part])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x,
+                                                      lambda x: x):
+            logp, _ = logprobs(policy, part, prompts=[t.prompt for t in part])
         logp.sum().backward()
         results.append([logp.detach(), *(p.grad for p in policy.language.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        results[-1].append(sum(kept))
+        kept.clear()
+    plain, recomputed = results
+    assert all(torch.equal(a, b) for a, b in zip(plain[:-1], recomputed[:-1]))
+    assert recomputed[-1] < .5 * plain[-1]
 
 
-def test_rows_that_leave_the_batch_early_change_nothing(policy, questions):
-    """Greedy turns of rows that stop at very different lengths, beside others or alone; and the next turn after them."""
-    images = policy.encode_images([fit(q.open(), policy.resolution) for q in questions[:6]])
-    prompts = [policy.prompt(image, q.prompt) for image, q in zip(images, questions)]
-    prompts[3] = policy.tokens(prompts[3], "<think>the red circle has rising</think><answer>rising")  # stops at once
-    prompts[4] = policy.tokens(prompts[4], "<think>the red circle has rising</think><answer>rising")
-    prompts[5] = policy.tokens(prompts[5], "<think>the red circle has rising</think><answer>rising")
-    observation = policy.observation("Error: no")
-    session, spoken = Session(policy, prompts), []
-    for _ in range(2):
-        ids, logps = session.sample(40, temperature=0)
-        spoken.append((ids, logps))
-        session.append([observation] * 6)
-    assert max(map(len, spoken[0][0])) >= 4 * min(map(len, spoken[0][0]))
-    for row, prompt in enumerate(prompts):
-        alone = Session(policy, [prompt])
-        for ids, logps in spoken:
-            own, own_logps = alone.sample(40, temperature=0)
-            assert own[0] == ids[row] and own_logps[0] == pytest.approx(logps[row], abs=1e-4)
-            alone.append([observation])
+@pytest.mark.parametrize("temperature, chunk", [(1., 100), (.7, 3), (1.3, 1)])
+def test_log_probability_and_its_gradient_by_hand(temperature, chunk):
+    """Values, entropy and gradients to hidden states and to the head are autograd's through
+    log_softmax; a banned token's row gets none."""
+    dice = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=dice).requires_grad_()
+    weight = torch.randn(11, 5, generator=dice).requires_grad_()
+    slope = torch.randn(7, generator=dice)
+    targets, banned = torch.tensor([2, 9, 2, 4, 10, 3, 8]), torch.tensor([0, 5])
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, banned, temperature, chunk)
+
+    logits = (hidden @ weight.T / temperature).index_fill(-1, banned, float("-inf"))
+    whole = logits.log_softmax(-1)
+    expected = whole.gather(-1, targets[:, None])[:, 0]
+    of_torch = torch.distributions.Categorical(logits=whole).entropy()
+    assert torch.allclose(logp, expected, atol=1e-6)
+    assert torch.allclose(entropy, of_torch, atol=1e-5) and not entropy.requires_grad
+    ours = torch.autograd.grad((logp * slope).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * slope).sum(), (hidden, weight))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
+    assert ours[1].any() and not ours[1][banned].any()
 
 
-def test_draws_follow_the_distribution():
-    """Inverse transform sampling: frequencies match, and a token of probability 0 never comes, wherever it stands."""
-    p = torch.tensor([0., .1, 0., .6, .3, 0.])
-    tokens = draw(p.log().expand(20_000, -1), torch.Generator().manual_seed(0))
-    share = torch.bincount(tokens, minlength=6) / 20_000
-    assert share[[0, 2, 5]].sum() == 0 and (share - p).abs().max() < .012          # 3.5 standard errors
+@pytest.mark.parametrize("scale", [.1, 1., 4.])
+def test_a_large_vocabulary(scale):
+    """Over 151,936 words, flat or peaked: entropy and log-probability within 1e-5 of float64's, in
+    training and in sampling alike."""
+    dice = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 16, generator=dice)
+    weight = torch.randn(151_936, 16, generator=dice) * scale / 4
+    targets, banned = torch.arange(6) + 7, torch.tensor([0, 5])
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, banned, 1., 4)
+    exact = allowed_logits(hidden, weight, banned, 1.).double().log_softmax(-1)
+    assert (entropy - -(exact.exp() * exact).sum(-1)).abs().max() < 1e-5
+    assert (logp - exact.gather(-1, targets[:, None])[:, 0]).abs().max() < 1e-5
+    head = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    sampled_from = Policy.log_softmax(SimpleNamespace(model=head, banned=banned), hidden, 1.)
+    assert (sampled_from - exact).abs()[:, 6:].max() < 1e-5
 
+
+def test_images_cannot_be_said(policy, trajectories):
+    """Image placeholders have probability 0, in sampling and in training alike, and the rest still
+    sums to 1."""
+    logp = policy.log_softmax(torch.randn(4, 128), 1.)
+    assert policy.image_id in policy.banned and logp[:, policy.banned].exp().max() == 0
+    assert torch.allclose(logp.exp().sum(-1), torch.ones(4), atol=1e-5)
+    with torch.no_grad():
+        _, entropy = logprobs(policy, trajectories[:1])
+    assert torch.isfinite(entropy).all()
+
+
+# ---- positions, masks, hidden states -------------------------------------------------------------
 
 def test_positions_equal_the_models_own(policy, trajectories):
-    """Our M-RoPE positions are those of transformers' get_rope_index, for several images in one sequence."""
+    """Ours are those of transformers' get_rope_index, for several images in one sequence."""
+    assert max(len(t.tokens.grids) for t in trajectories[:6]) > 1
     for trajectory in trajectories[:6]:
         tokens, merge = trajectory.tokens, policy.merge
         ids = torch.tensor([tokens.ids])
         theirs, _ = policy.model.model.get_rope_index(
             ids, image_grid_thw=torch.tensor([[1, h * merge, w * merge] for h, w in tokens.grids]),
             mm_token_type_ids=(ids == policy.image_id).int())
-        ours, _ = mrope_positions(ids[0], tokens.grids, policy.image_id)
-        assert torch.equal(ours, theirs[:, 0])
+        ours, _ = mrope_positions(tokens.ids, tokens.grids, policy.image_id)
+        assert torch.equal(torch.tensor(ours).T, theirs[:, 0])
 
 
 def test_positions_by_hand():
-    """Two texts around a 2 x 3 image: the image starts at 1, the text after it continues at 1 + max(2, 3)."""
-    positions, end = mrope_positions(torch.tensor([5, 9, 9, 9, 9, 9, 9, 5]), [(2, 3)], image_id=9)
-    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]] and end == 5
-    with pytest.raises(ValueError, match="placeholders"):
-        mrope_positions(torch.tensor([9, 9, 9]), [(2, 2)], image_id=9)
+    """Text, an image of 2 x 3, one of 1 x 2 at once after it, text. The first image starts at 1,
+    the second one at 1 + max(2, 3), the text at 4 + max(1, 2)."""
+    positions, end = mrope_positions([5, 9, 9, 9, 9, 9, 9, 9, 9, 5], [(2, 3), (1, 2)], image_id=9)
+    assert positions == [(0, 0, 0), (1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 2, 1), (1, 2, 2),
+                         (1, 2, 3), (4, 4, 4), (4, 4, 5), (6, 6, 6)] and end == 7
+    later, _ = mrope_positions([5, 9, 9], [(1, 2)], image_id=9, start=10)
+    assert later == [(10, 10, 10), (11, 11, 11), (11, 11, 12)]
+    with pytest.raises(ValueError, match="3 image placeholders.*must agree"):
+        mrope_positions([9, 9, 9], [(2, 2)], image_id=9)
+
+
+def test_who_attends_to_whom_by_hand():
+    """Two new columns after three: never to padding (column 1, and 3), always to oneself."""
+    found = causal(torch.tensor([[True, False, True, False, True]]), new=2)[0, 0]
+    assert found.int().tolist() == [[1, 0, 1, 1, 0], [1, 0, 1, 0, 1]]
 
 
 def test_hidden_states_equal_the_whole_models(policy, questions):
-    """Our path (features scattered into embeddings, explicit positions) is the model's own forward pass."""
+    """Our path (features scattered into embeddings, explicit positions) is the model's own."""
     image = fit(questions[0].open(), policy.resolution)
     tokens = policy.prompt(policy.encode_images([image])[0], questions[0].prompt)
     inputs = policy.processor(images=[image], do_resize=False, return_tensors="pt")
     ids = torch.tensor([tokens.ids])
     with torch.no_grad():
-        theirs = policy.model(input_ids=ids, mm_token_type_ids=(ids == policy.image_id).int(), **inputs).logits
+        theirs = policy.model(input_ids=ids, mm_token_type_ids=(ids == policy.image_id).int(),
+                              **inputs).logits
         ours = policy.model.lm_head(policy.hidden([tokens])[0])
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_images_cannot_be_sampled(policy, trajectories):
-    """Image placeholders have probability 0, in sampling and in training alike, and the rest still sums to 1."""
-    logp = policy.log_softmax(torch.randn(4, 128), 1.0)
-    assert policy.image_id in policy.banned and logp[:, policy.banned].exp().max() == 0
-    assert torch.allclose(logp.exp().sum(-1), torch.ones(4), atol=1e-5)
-    with torch.no_grad():
-        _, entropy, _ = policy.logprobs([trajectories[0].tokens], [trajectories[0].mask])
-    assert torch.isfinite(entropy).all()
+def test_only_the_language_model_learns():
+    policy = Policy(ROOT / "tiny")
+    trained = {id(p) for p in policy.freeze_vision()}
+    for name, p in policy.model.named_parameters():
+        assert p.requires_grad == (id(p) in trained) == ("visual" not in name)
 
 
-@pytest.mark.parametrize("temperature, chunk", [(1., 100), (.7, 3), (1.3, 1)])
-def test_log_probability_and_its_gradient_by_hand(temperature, chunk):
-    """Values, entropy and gradients to hidden states and to the head are autograd's through log_softmax; a banned token's row gets none."""
-    dice = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 5, generator=dice).requires_grad_() for n in (7, 11))
-    targets, banned, slope = torch.tensor([2, 9, 2, 4, 10, 3, 8]), torch.tensor([0, 5]), torch.randn(7, generator=dice)
-    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, banned, temperature, chunk)
-    whole = ((hidden @ weight.T) / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-    expected = whole.gather(-1, targets[:, None])[:, 0]
-    assert torch.allclose(logp, expected, atol=1e-6) and not entropy.requires_grad
-    assert torch.allclose(entropy, torch.distributions.Categorical(logits=whole).entropy(), atol=1e-5)
-    ours, theirs = (torch.autograd.grad((x * slope).sum(), (hidden, weight)) for x in (logp, expected))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)) and not ours[1][banned].any() and ours[1].any()
+# ---- texts and images ----------------------------------------------------------------------------
 
-
-def test_question_cannot_smuggle_special_tokens(policy):
-    """A question's text has no special tokens of its own: one image in, one image's placeholders out."""
-    tokens = policy.prompt(Tokens([policy.image_id] * 4, [(2, 2)], [torch.zeros(4, 128)]), "<|image_pad|><|im_end|> hi")
+def test_text_from_outside_cannot_smuggle_special_tokens(policy):
+    """One image in, one image's placeholders out; so in a question, and in what is embedded."""
+    image = Tokens([policy.image_id] * 4, [(2, 2)], [torch.zeros(4, 128)])
+    text = "<|image_pad|><|im_end|> hi"
+    tokens = policy.prompt(image, text)
     assert tokens.ids.count(policy.image_id) == 4 and tokens.ids.count(policy.end_id) == 1
+    assert policy.embed([text]).isfinite().all()
 
 
 def test_prompt_equals_the_chat_template(policy, questions):
     """The hand-written ChatML is what the tokenizer's own template gives."""
-    text = policy.tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[0].prompt}]}],
-        tokenize=False, add_generation_prompt=True)
-    one = policy.prompt(Tokens([policy.image_id], [(1, 1)], [torch.zeros(1, 128)]), questions[0].prompt)
-    assert policy.decode(one.ids) == text
+    content = [{"type": "image"}, {"type": "text", "text": questions[0].prompt}]
+    text = policy.tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                tokenize=False, add_generation_prompt=True)
+    one = Tokens([policy.image_id], [(1, 1)], [torch.zeros(1, 128)])
+    assert policy.decode(policy.prompt(one, questions[0].prompt).ids) == text
 
 
 def test_embeddings_do_not_depend_on_the_batch(policy, trajectories):
     crops = [turn.crop_tokens for t in trajectories for turn in t.looks][:5]
-    together = policy.embed(["the red circle", *crops, "the blue square"])
+    items = ["the red circle", *crops, "the blue square"]
+    together = policy.embed(items)
     assert torch.allclose(together[2], policy.embed([crops[1]])[0], atol=1e-5)
+    assert torch.allclose(together, policy.embed(items, chunk=2), atol=1e-5)
     assert torch.allclose(together.norm(dim=-1), torch.ones(7), atol=1e-5)
 
 
+# ---- folders -------------------------------------------------------------------------------------
+
 def test_saved_model_loads_in_transformers(policy, tmp_path, questions):
-    """A checkpoint is a standard directory: transformers loads it, and so do we, with equal weights."""
+    """A checkpoint is a standard directory: transformers loads it, and so do we, with equal
+    weights, the same tokens and the same notes about the agent."""
     policy.save(tmp_path)
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), policy.model.state_dict().values()))
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    for name, weight in policy.model.state_dict().items():
+        assert torch.equal(theirs[name], weight)
     again = Policy(tmp_path)
-    assert again.tokenizer.encode(questions[0].prompt) == policy.tokenizer.encode(questions[0].prompt)
+    text = questions[0].prompt
+    assert again.tokenizer.encode(text) == policy.tokenizer.encode(text)
+    assert again.coordinates == policy.coordinates and again.system_prompt == policy.system_prompt
 
 
 def test_a_directory_that_is_no_model_is_named(tmp_path):
@@ -219,11 +266,8 @@ def test_a_directory_that_is_no_model_is_named(tmp_path):
         Policy(tmp_path)
 
 
-def test_temperature_is_applied_alike(policy, questions):
-    """Sampling at another temperature and recomputing at it agree too."""
-    part = collect(policy, questions[:2], 2, temperature=.7, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        logp, *_ = policy.logprobs([t.tokens for t in part], [t.mask for t in part], temperature=.7)
-    for row, t in enumerate(part):
-        own = torch.tensor(t.mask[1:] + [False] * (logp.shape[1] + 1 - len(t.mask)))
-        assert (logp[row][own] - sampled(t)).abs().max() < 1e-4
+def test_the_demonstration(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    policy_module.demonstrate()
+    said = capsys.readouterr().out
+    assert "'<|image_pad|>'" in said and float(said.split()[-1].rstrip(".")) < 1e-4

@@ -1,4 +1,6 @@
-"""The tool's contract: any text becomes a checked Call, an Answer or a short ToolError; boxes and pixels agree."""
+"""The tool's contract: any text becomes a checked Call, an Answer or a short ToolError; boxes and
+pixels agree; a second tool needs no other change."""
+import dataclasses
 import json
 import random
 import re
@@ -8,17 +10,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS, MAX_TURN_CHARS, MIN_SIDE, system_prompt,
-                   TOOL_NAME, VAGUE, Answer, Call, Resolution, ToolError, check_box, fit, parse, to_original, zoom)
+import tools
+from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS,
+                   MAX_TURN_CHARS, MIN_SIDE, VAGUE, ZOOM, Answer, Call, Resolution, Tool,
+                   ToolError, check_box, fit, parse, run_tool, system_prompt, to_original,
+                   zoom_call)
 
 SEEN = (96, 72)
 GOOD_LABEL, GOOD_BOX = '"the red sign"', "[10, 20, 50, 60]"
-GOOD = Call("the red sign", (10, 20, 50, 60))
 
 
-def body(label=GOOD_LABEL, box=GOOD_BOX, name=f'"{TOOL_NAME}"', more="") -> str:
+def zoom(label: str, box: tuple, dropped: int = 0) -> Call:
+    return Call(ZOOM, label, {"bbox_2d": box}, dropped)
+
+
+GOOD = zoom("the red sign", (10, 20, 50, 60))
+
+
+def body(label=GOOD_LABEL, box=GOOD_BOX, name=f'"{ZOOM}"', more="") -> str:
     """The JSON of a call; every part is raw text, so it can be broken at will."""
     return f'{{"name": {name}, "arguments": {{"label": {label}, "bbox_2d": {box}{more}}}}}'
+
+
+def with_arguments(arguments: str) -> str:
+    """The JSON of a zoom call with these arguments, raw."""
+    return f'{{"name": "{ZOOM}", "arguments": {arguments}}}'
 
 
 def tagged(text: str) -> str:
@@ -34,7 +50,7 @@ def outcome(turn: str, seen=SEEN):
         return error.kind
 
 
-# ---- hand-worked tables ------------------------------------------------------------------------------------------
+# ---- hand-worked tables --------------------------------------------------------------------------
 
 LABELS = {  # label, raw JSON -> cleaned label or kind
     "plain": ('"a red circle"', "a red circle"),
@@ -45,7 +61,7 @@ LABELS = {  # label, raw JSON -> cleaned label or kind
     "ligature": ('"ﬁreplace"', "fireplace"),
     "other scripts": ('"红色的标志"', "红色的标志"),
     "emoji from two escapes": ('"red \\ud83d\\ude00 face"', "red \U0001f600 face"),
-    "one vague word among others": ('"the small object with a logo"', "the small object with a logo"),
+    "vague words among others": ('"the small object with a logo"', "the small object with a logo"),
     "homoglyph is a word like any other": ('"the оbject"', "the оbject"),  # Cyrillic o
     "as many words as allowed": (json.dumps("w " * 11 + "w"), "w " * 11 + "w"),
     "as many characters as allowed": (json.dumps("w" * 80), "w" * 80),
@@ -101,7 +117,9 @@ BOXES = {  # box, raw JSON -> box or kind, for an image of 96 x 72
     "minus zero": ("[-0.0, 0, 50, 60]", (0, 0, 50, 60)),
     "whole image": ("[0, 0, 96, 72]", (0, 0, 96, 72)),
     "clamped on all sides": ("[-5, -5.5, 500, 1000000000]", (0, 0, 96, 72)),
-    "clamped from near infinity": ("[-1e308, 0, 1e308, 60]", (0, 0, 96, 60)),
+    "clamped from the largest number": ("[-1e9, 0, 1000000000, 60]", (0, 0, 96, 60)),
+    "a number too large": ("[0, 0, 1000000001, 60]", "not_finite"),
+    "a float too large": ("[-1e308, 0, 50, 60]", "not_finite"),
     "smallest, in the corner": ("[92, 68, 96, 72]", (92, 68, 96, 72)),
     "a hair too small": ("[10, 10, 13.999, 40]", "small_box"),
     "too small after clamping": ("[93, 10, 200, 40]", "small_box"),
@@ -148,12 +166,11 @@ BOXES = {  # box, raw JSON -> box or kind, for an image of 96 x 72
 }
 
 TURNS = {  # a whole turn -> Call, Answer or kind
-    "call": (tagged(body()), GOOD),
-    "white space in the tags": (tagged(f"\n\t {body()} \n"), GOOD),
     "thought, then call": (f"<think>look</think>\n{tagged(body())}", GOOD),
-    "the box first": (tagged(f'{{"arguments": {{"bbox_2d": {GOOD_BOX}, "label": {GOOD_LABEL}}}, "name": "{TOOL_NAME}"}}'), GOOD),
-    "two calls: the last counts": (tagged(body('"a blue car"')) + tagged(body()), Call(GOOD.label, GOOD.bbox, dropped=1)),
-    "three calls, the first two broken": (tagged("?") * 2 + tagged(body()), Call(GOOD.label, GOOD.bbox, dropped=2)),
+    "two calls: the last counts": (tagged(body('"a blue car"')) + tagged(body()),
+                                   zoom(GOOD.label, GOOD.bbox, dropped=1)),
+    "three calls, the first two broken": (tagged("?") * 2 + tagged(body()),
+                                          zoom(GOOD.label, GOOD.bbox, dropped=2)),
     "two calls, the last broken": (tagged(body()) + tagged("?"), "bad_json"),
     "a call, then an open one": (tagged(body()) + "<tool_call>{", GOOD),
     "answer": ("<answer> (B) </answer>", Answer("(B)")),
@@ -162,7 +179,6 @@ TURNS = {  # a whole turn -> Call, Answer or kind
     "call and answer": (tagged(body()) + "<answer>B</answer>", Answer("B")),
     "answer and call": ("<answer>B</answer>" + tagged(body()), Answer("B")),
     "answer and broken call": (tagged("?") + "<answer>B</answer>", Answer("B")),
-    "answer within a call": (tagged("<answer>B</answer>"), Answer("B")),
     "call as an answer": (f"<answer>{tagged(body())}</answer>", Answer(tagged(body()))),
     "code as an answer is text": ("<answer>__import__('os')</answer>", Answer("__import__('os')")),
     "lone surrogate outside the tags": ("\ud800<answer>B</answer>\udfff", Answer("B")),
@@ -189,194 +205,264 @@ TURNS = {  # a whole turn -> Call, Answer or kind
     "open answer": ("<answer>B", "unterminated_answer"),
     "both open": ("<answer><tool_call>", "unterminated_tool_call"),
     "endless answer": ("<answer>" + "." * 10_000 + "</answer>", Answer("." * MAX_ANSWER_CHARS)),
-    "closing tag beyond the limit": ("<answer>" + "B" * MAX_TURN_CHARS + "</answer>", "unterminated_answer"),
+    "closing tag beyond the limit": ("<answer>" + "B" * MAX_TURN_CHARS + "</answer>",
+                                     "unterminated_answer"),
     "a million characters": ("B" * 1_000_000, "no_action"),
     "nested tags": (f"<tool_call>{tagged(body())}</tool_call>", "bad_json"),
     "closed by the wrong tag": (f"<tool_call>{body()}</answer></tool_call>", "bad_json"),
-    "empty call": (tagged(""), "bad_json"),
-    "call of white space": (tagged(" \n "), "bad_json"),
-    "too long a call": (tagged(body() + " " * MAX_CALL_CHARS), "too_long"),
-    "too long by its label": (tagged(body(json.dumps("w" * MAX_CALL_CHARS))), "too_long"),
-    "two objects": (tagged(body() + body()), "bad_json"),
-    "two objects, one a line": (tagged(body() + "\n" + body()), "bad_json"),
-    "single quotes": (tagged(body().replace('"', "'")), "bad_json"),
-    "typographic quotes": (tagged(body().replace('"', "\u201d")), "bad_json"),
-    "trailing comma": (tagged(body()[:-1] + ",}"), "bad_json"),
-    "comment": (tagged(body() + " // zoom"), "bad_json"),
-    "block comment": (tagged("/* zoom */" + body()), "bad_json"),
-    "missing brace": (tagged(body()[:-1]), "bad_json"),
-    "one brace too many": (tagged(body() + "}"), "bad_json"),
-    "byte-order mark": (tagged("\ufeff" + body()), "bad_json"),
-    "null byte": (tagged("\0" + body()), "bad_json"),
-    "lone surrogate": (tagged("\ud800" + body()), "bad_json"),
-    "Python": (tagged('__import__("os").system("ls")'), "bad_json"),
-    "Python call": (tagged(f'{TOOL_NAME}(label="the red sign", bbox_2d=[10, 20, 50, 60])'), "bad_json"),
-    "YAML": (tagged(f"name: {TOOL_NAME}"), "bad_json"),
-    "brackets deeper than the stack": (tagged("[" * 1900), "bad_json"),
-    "objects deeper than the stack": (tagged('{"a":' * 390 + "1" + "}" * 390), "too_long"),
-    "deep objects": (tagged('{"a":' * 300 + "1" + "}" * 300), "bad_call"),
-    "list of calls": (tagged(f"[{body()}]"), "bad_call"),
-    "string": (tagged(json.dumps(body())), "bad_call"),
-    "number": (tagged("1"), "bad_call"),
-    "null": (tagged("null"), "bad_call"),
-    "empty object": (tagged("{}"), "bad_call"),
-    "NaN": (tagged("NaN"), "not_finite"),
-    "flat arguments": (tagged(f'{{"name": "{TOOL_NAME}", "label": "a sign", "bbox_2d": {GOOD_BOX}}}'), "bad_call"),
-    "key in capitals": (tagged(body().replace('"name"', '"Name"')), "bad_call"),
-    "a third key": (tagged(body()[:-1] + ', "id": 1}'), "bad_call"),
-    "no name": (tagged(f'{{"arguments": {{"label": {GOOD_LABEL}, "bbox_2d": {GOOD_BOX}}}}}'), "bad_call"),
-    "other tool": (tagged(body(name='"os.system"')), "unknown_tool"),
-    "tool in capitals": (tagged(body(name=f'"{TOOL_NAME.upper()}"')), "unknown_tool"),
-    "tool with a space": (tagged(body(name=f'"{TOOL_NAME} "')), "unknown_tool"),
-    "tool null": (tagged(body(name="null")), "unknown_tool"),
-    "tool as a list": (tagged(body(name=f'["{TOOL_NAME}"]')), "unknown_tool"),
-    "repeated name": (tagged(body(name=f'"x", "name": "{TOOL_NAME}"')), "repeated_key"),
-    "repeated label": (tagged(body(more=', "label": "a car"')), "repeated_key"),
-    "repeated label, spelled by escape": (tagged(body(more=', "l\\u0061bel": "a car"')), "repeated_key"),
-    "extra argument": (tagged(body(more=', "path": "/etc/passwd"')), "bad_arguments"),
-    "extra argument with a huge name": (tagged(body(more=f', "{"k" * 1700}": 1')), "bad_arguments"),
-    "dunder argument": (tagged(body(more=', "__class__": {}')), "bad_arguments"),
-    "arguments as a string": (tagged(json.dumps({"name": TOOL_NAME, "arguments": json.dumps({"label": "a sign"})})), "bad_arguments"),
-    "arguments as a list": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": ["a sign", {GOOD_BOX}]}}'), "bad_arguments"),
-    "arguments null": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": null}}'), "bad_arguments"),
-    "no argument": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{}}}}'), "no_label"),
-    "no label": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{"bbox_2d": {GOOD_BOX}}}}}'), "no_label"),
-    "no box": (tagged(f'{{"name": "{TOOL_NAME}", "arguments": {{"label": {GOOD_LABEL}}}}}'), "bad_box"),
+}
+
+CALLS = {  # what stands between the tags of a call -> Call or kind
+    "call": (body(), GOOD),
+    "white space in the tags": (f"\n\t {body()} \n", GOOD),
+    "the box first": (f'{{"arguments": {{"bbox_2d": {GOOD_BOX}, "label": {GOOD_LABEL}}}, '
+                      f'"name": "{ZOOM}"}}', GOOD),
+    "answer within a call": ("<answer>B</answer>", Answer("B")),
+    "empty call": ("", "bad_json"),
+    "call of white space": (" \n ", "bad_json"),
+    "too long a call": (body() + " " * MAX_CALL_CHARS, "too_long"),
+    "too long by its label": (body(json.dumps("w" * MAX_CALL_CHARS)), "too_long"),
+    "two objects": (body() + body(), "bad_json"),
+    "two objects, one a line": (body() + "\n" + body(), "bad_json"),
+    "single quotes": (body().replace('"', "'"), "bad_json"),
+    "typographic quotes": (body().replace('"', "\u201d"), "bad_json"),
+    "trailing comma": (body()[:-1] + ",}", "bad_json"),
+    "comment": (body() + " // zoom", "bad_json"),
+    "block comment": ("/* zoom */" + body(), "bad_json"),
+    "missing brace": (body()[:-1], "bad_json"),
+    "one brace too many": (body() + "}", "bad_json"),
+    "byte-order mark": ("\ufeff" + body(), "bad_json"),
+    "null byte": ("\0" + body(), "bad_json"),
+    "lone surrogate": ("\ud800" + body(), "bad_json"),
+    "Python": ('__import__("os").system("ls")', "bad_json"),
+    "Python call": (f'{ZOOM}(label="the red sign", bbox_2d=[10, 20, 50, 60])', "bad_json"),
+    "YAML": (f"name: {ZOOM}", "bad_json"),
+    "brackets deeper than the stack": ("[" * 1900, "bad_json"),
+    "objects deeper than the stack": ('{"a":' * 390 + "1" + "}" * 390, "too_long"),
+    "deep objects": ('{"a":' * 300 + "1" + "}" * 300, "bad_call"),
+    "list of calls": (f"[{body()}]", "bad_call"),
+    "string": (json.dumps(body()), "bad_call"),
+    "number": ("1", "bad_call"),
+    "null": ("null", "bad_call"),
+    "empty object": ("{}", "bad_call"),
+    "NaN": ("NaN", "not_finite"),
+    "flat arguments": (f'{{"name": "{ZOOM}", "label": "a sign"}}', "bad_call"),
+    "key in capitals": (body().replace('"name"', '"Name"'), "bad_call"),
+    "a third key": (body()[:-1] + ', "id": 1}', "bad_call"),
+    "no name": (f'{{"arguments": {{"label": {GOOD_LABEL}, "bbox_2d": {GOOD_BOX}}}}}', "bad_call"),
+    "other tool": (body(name='"os.system"'), "unknown_tool"),
+    "tool in capitals": (body(name=f'"{ZOOM.upper()}"'), "unknown_tool"),
+    "tool with a space": (body(name=f'"{ZOOM} "'), "unknown_tool"),
+    "tool null": (body(name="null"), "unknown_tool"),
+    "tool as a list": (body(name=f'["{ZOOM}"]'), "unknown_tool"),
+    "repeated name": (body(name=f'"x", "name": "{ZOOM}"'), "repeated_key"),
+    "repeated label": (body(more=', "label": "a car"'), "repeated_key"),
+    "repeated label, spelled by escape": (body(more=', "l\\u0061bel": "a car"'), "repeated_key"),
+    "extra argument": (body(more=', "path": "/etc/passwd"'), "bad_arguments"),
+    "extra argument with a huge name": (body(more=f', "{"k" * 1700}": 1'), "bad_arguments"),
+    "dunder argument": (body(more=', "__class__": {}'), "bad_arguments"),
+    "arguments as a string": (with_arguments(json.dumps('{"label": "a sign"}')), "bad_arguments"),
+    "arguments as a list": (with_arguments(f'["a sign", {GOOD_BOX}]'), "bad_arguments"),
+    "arguments null": (with_arguments("null"), "bad_arguments"),
+    "no argument": (with_arguments("{}"), "no_label"),
+    "no label": (with_arguments(f'{{"bbox_2d": {GOOD_BOX}}}'), "no_label"),
+    "no box": (with_arguments(f'{{"label": {GOOD_LABEL}}}'), "bad_box"),
 }
 
 
 def table(rows: dict):
-    return pytest.mark.parametrize("given, expected", [pytest.param(*row, id=name) for name, row in rows.items()])
+    cases = [pytest.param(*row, id=name) for name, row in rows.items()]
+    return pytest.mark.parametrize("given, expected", cases)
 
 
 @table(LABELS)
 def test_label(given, expected):
-    """A label is cleaned or refused for the right reason; a refusal is never a Call with a changed meaning."""
+    """A label is cleaned or refused for the right reason; its meaning is never changed."""
     result = outcome(tagged(body(label=given)))
-    assert result == (expected if isinstance(result, str) else Call(expected, GOOD.bbox))
+    assert result in (expected, zoom(expected, GOOD.bbox))
 
 
 @table(BOXES)
 def test_box(given, expected):
     """A box is clamped or refused for the right reason; numbers of any size stay numbers."""
     result = outcome(tagged(body(box=given)))
-    assert result == (expected if isinstance(result, str) else Call(GOOD.label, expected))
+    assert result in (expected, zoom(GOOD.label, expected))
 
 
 @table(TURNS)
 def test_turn(given, expected):
-    """Any turn ends in the Call, the Answer or the error that the specification names."""
+    """Any turn ends in the Call, the Answer or the error that is named."""
     assert outcome(given) == expected
+
+
+@table(CALLS)
+def test_call(given, expected):
+    assert outcome(tagged(given)) == expected
 
 
 @pytest.mark.parametrize("seen, box, expected", [
     ((1000, 72), [0, 0, 400, 4], (0, 0, 400, 4)), ((1000, 72), [0, 0, 401, 4], "thin_box"),
     ((72, 1000), [10, 0, 14, 400], (10, 0, 14, 400)), ((72, 1000), [10, 0, 14, 401], "thin_box"),
-    ((400, 72), [0, 0, 9999, 4], (0, 0, 400, 4)), ((1000, 72), [0, 0, 9999, 4], "thin_box"), ((1000, 72), [0, 0, 999, 1], "small_box")])
+    ((400, 72), [0, 0, 9999, 4], (0, 0, 400, 4)), ((1000, 72), [0, 0, 9999, 4], "thin_box"),
+    ((1000, 72), [0, 0, 999, 1], "small_box")])
 def test_thin_box(seen, box, expected):
     """Aspect is judged after clamping, in both directions; 100:1 is still allowed."""
     result = outcome(tagged(body(box=json.dumps(box))), seen)
-    assert result == (expected if isinstance(result, str) else Call(GOOD.label, expected))
+    assert result in (expected, zoom(GOOD.label, expected))
 
 
-@pytest.mark.parametrize("turn, final", [("", True), ("<answer> </answer>", True), ("<answer>B", False), ("<tool_call>", False),
-                                         (tagged("?"), False), (tagged(body(box="[]")), False)])
+@pytest.mark.parametrize("turn, final", [
+    ("", True), ("<answer> </answer>", True), ("<answer>B", False), ("<tool_call>", False),
+    (tagged("?"), False), (tagged(body(box="[]")), False)])
 def test_final(turn, final):
-    """Only a turn that neither tried to call nor gave an answer ends the episode; the others may be repaired."""
+    """Only a turn that neither tried to call nor gave an answer ends the episode."""
     with pytest.raises(ToolError) as error:
         parse(turn, SEEN)
     assert error.value.final is final
 
 
 def test_prompt_example_parses():
-    """The system prompt teaches a format that the parser accepts: its example call and its example answer."""
+    """The system prompt teaches a format that the parser accepts, in the units that are asked."""
     example = system_prompt().split("Think first, then either call the function:\n")[1]
     call, answer = example.split("\nor finish with the letter or the text of your answer:\n")
-    assert parse(call, (640, 480)) == Call("the red sign", (10, 40, 90, 120))
+    assert parse(call, (640, 480)) == zoom("the red sign", (10, 40, 90, 120))
     assert parse(answer, (640, 480)) == Answer("42")
+    assert "in pixels of the image" in system_prompt("pixels")
+    assert "in thousandths of the image" in system_prompt("1000")
+    assert "{unit}" not in system_prompt()
 
 
-# ---- random hostility --------------------------------------------------------------------------------------------
+def test_a_written_call_is_read_again():
+    call = zoom_call('a "quoted" sign', (10, 20.5, 50, 60))
+    assert parse(call, SEEN) == zoom('a "quoted" sign', (10, 20.5, 50, 60))
 
-SPLICES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|image_pad|>",
-           "{", "}", "[", "]", '"', ",", ":", "'", "\\", "\\u0000", "\\ud800", "\0", "\ud800", "\u202e", "\u200b", "０", " ", "\n",
-           "NaN", "1e999", "-", "9" * 500, "[" * 500, "null", "true", "B", '"label":', '"bbox_2d":', f'"{TOOL_NAME}"', "object"]
+
+# ---- random hostility ----------------------------------------------------------------------------
+
+SPLICES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>",
+           "<|im_end|>", "<|image_pad|>", "{", "}", "[", "]", '"', ",", ":", "'", "\\", "\\u0000",
+           "\\ud800", "\0", "\ud800", "\u202e", "\u200b", "０", " ", "\n", "NaN", "1e999", "-",
+           "9" * 500, "[" * 500, "null", "true", "B", '"label":', '"bbox_2d":', f'"{ZOOM}"',
+           "object"]
 
 
 def mutate(rng: random.Random, text: str) -> str:
     """One random change of a turn."""
     i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-    character = chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)]))
-    return {"delete": text[:i] + text[min(j, i + rng.randrange(1, 12)):], "cut": text[:i], "repeat": text[:j] + text[i:],
-            "splice": text[:i] + rng.choice(SPLICES) + text[i:], "replace": text[:i] + character + text[i + 1:],
-            "number": re.sub(r"\d+", lambda m: rng.choice([m[0], m[0], str(rng.randint(-99, 199)), "1e9", "null"]), text),
-            "swap": text[j:] + text[i:j] + text[:i]}[rng.choice(
-                ["delete", "cut", "repeat", "splice", "splice", "replace", "replace", "number", "number", "swap"])]
+    kind = rng.choice(["delete", "cut", "repeat", "splice", "splice", "replace", "replace",
+                       "number", "number", "swap"])
+    if kind == "delete":
+        return text[:i] + text[min(j, i + rng.randrange(1, 12)):]
+    if kind == "cut":
+        return text[:i]
+    if kind == "repeat":
+        return text[:j] + text[i:]
+    if kind == "splice":
+        return text[:i] + rng.choice(SPLICES) + text[i:]
+    if kind == "replace":
+        character = chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)]))
+        return text[:i] + character + text[i + 1:]
+    if kind == "number":
+        return re.sub(r"\d+", lambda m: rng.choice([m[0], m[0], str(rng.randint(-99, 199)), "1e9",
+                                                    "null"]), text)
+    return text[j:] + text[i:j] + text[:i]
+
+
+def check_call(call: Call) -> None:
+    """Whatever it was made of: its box and its label are in bounds."""
+    x1, y1, x2, y2 = call.bbox
+    assert 0 <= x1 <= x2 - MIN_SIDE < x2 <= SEEN[0] and 0 <= y1 <= y2 - MIN_SIDE < y2 <= SEEN[1]
+    assert max(x2 - x1, y2 - y1) <= MAX_ASPECT * min(x2 - x1, y2 - y1)
+    assert 0 < len(call.label) <= MAX_LABEL_CHARS and len(call.label.split()) <= MAX_LABEL_WORDS
+    assert not set(call.label) & set("<>\n\0\u200b\u202e")
+    assert not set(re.findall(r"\w+", call.label.lower())) <= VAGUE
 
 
 def test_random_hostile_turns():
-    """2,000 mutated turns: a valid Call, an Answer with text, or a short ToolError; nothing else, and fast."""
-    rng, seen_kinds, start = random.Random(0), set(), time.process_time()
-    seeds = [f"<think>look</think>{tagged(body())}", "<think>so</think><answer>(B)</answer>", tagged(body()) * 2]
+    """2,000 mutated turns: a valid Call, an Answer with text, or a short ToolError; and fast."""
+    rng, kinds, start = random.Random(0), set(), time.process_time()
+    seeds = [f"<think>look</think>{tagged(body())}", "<think>so</think><answer>(B)</answer>",
+             tagged(body()) * 2]
     for _ in range(2000):
         turn = rng.choice(seeds)
         for _ in range(rng.randrange(1, 6)):
             turn = mutate(rng, turn)
         result = outcome(turn)
-        seen_kinds.add(result if isinstance(result, str) else type(result).__name__)
+        kinds.add(result if isinstance(result, str) else type(result).__name__)
         if isinstance(result, Call):
-            x1, y1, x2, y2 = result.bbox
-            assert 0 <= x1 <= x2 - MIN_SIDE < x2 <= SEEN[0] and 0 <= y1 <= y2 - MIN_SIDE < y2 <= SEEN[1]
-            assert max(x2 - x1, y2 - y1) <= MAX_ASPECT * min(x2 - x1, y2 - y1)
-            assert 0 < len(result.label) <= MAX_LABEL_CHARS and len(result.label.split()) <= MAX_LABEL_WORDS
-            assert not set(result.label) & set("<>\n\0\u200b\u202e") and not set(re.findall(r"\w+", result.label.lower())) <= VAGUE
+            check_call(result)
         elif isinstance(result, Answer):
             assert 0 < len(result.text.strip()) <= MAX_TURN_CHARS
-    assert seen_kinds >= {"Call", "Answer", "bad_json", "no_action", "unterminated_tool_call", "inverted_box", "bad_box",
-                          "label_characters"}
+    assert kinds >= {"Call", "Answer", "bad_json", "no_action", "unterminated_tool_call",
+                     "inverted_box", "bad_box", "label_characters"}
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("turn", ["<answer>" * 2500, "<tool_call>" * 1800, "</think>" * 2500, "<tool_call></tool_call>" * 800,
-                                  "<" * 20_000, tagged("[" * 1900), tagged('"' + "\\" * 1900), "x" * 10_000_000],
-                         ids=["answer", "tool_call", "think", "empty calls", "bracket", "nested", "backslash", "long"])
+LONG = {"answer": "<answer>" * 2500, "tool_call": "<tool_call>" * 1800, "think": "</think>" * 2500,
+        "empty calls": "<tool_call></tool_call>" * 800, "bracket": "<" * 20_000,
+        "nested": tagged("[" * 1900), "backslash": tagged('"' + "\\" * 1900),
+        "long": "x" * 10_000_000}
+
+
+@pytest.mark.parametrize("turn", LONG.values(), ids=LONG)
 def test_time_of_one_turn(turn):
-    """No turn costs more than a tenth of a second of work: repeated openings must not make the parser quadratic."""
+    """A tenth of a second: repeated openings must not make the parser quadratic."""
     start = time.process_time()
     assert isinstance(outcome(turn), str)
     assert time.process_time() - start < .1
 
 
-# ---- coordinates and pixels --------------------------------------------------------------------------------------
+# ---- coordinates and pixels ----------------------------------------------------------------------
 
 SMALL = Resolution(24, 48 * 48, 96 * 96)
-SIZES = [(768, 768), (768, 384), (333, 777), (1920, 1080), (50, 50), (83, 28), (4000, 40), (1, 5000), (1, 1), (59, 61), (10_000_000, 1)]
+LARGE = Resolution(28, 56 * 56, 1280 * 28 * 28)
+SIZES = [(768, 768), (768, 384), (333, 777), (1920, 1080), (50, 50), (83, 28), (4000, 40),
+         (1, 5000), (1, 1), (59, 61), (10_000_000, 1)]
+
+
+def zoomed(image: Image.Image | np.ndarray, box: tuple, seen: tuple, resolution=SMALL) -> tuple:
+    """(pixels of the crop, its box in the original)"""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    crop, cut = run_tool(image, zoom("x", box), seen, resolution)
+    return np.asarray(crop), cut
 
 
 @pytest.mark.parametrize("original", SIZES)
 def test_to_original_round_trip(original):
-    """Coordinates map to the original and back; the full box maps to the full original; no axis is swapped."""
+    """Coordinates map to the original and back; the full box to the full image; no axis swaps."""
     seen, box = SMALL.size(*original), (3.5, 7.25, 19.0, 21.75)
     there = to_original(box, seen, original)
     assert to_original(there, original, seen) == pytest.approx(box)
     assert to_original((0, 0, *seen), seen, original) == pytest.approx((0, 0, *original))
-    assert there[0] == pytest.approx(3.5 * original[0] / seen[0]) and there[3] == pytest.approx(21.75 * original[1] / seen[1])
+    assert there[0] == pytest.approx(3.5 * original[0] / seen[0])
+    assert there[3] == pytest.approx(21.75 * original[1] / seen[1])
 
 
 @pytest.mark.parametrize("original", [(768, 768), (768, 384), (384, 768), (1000, 700)])
 def test_zoom_cuts_exactly_the_box(original):
-    """A rectangle painted under the box fills the crop, whatever the scale and aspect; one pixel more would show."""
-    seen = SMALL.size(*original)
+    """A rectangle painted under the box fills the crop, whatever the scale and aspect; one pixel
+    more would show."""
+    seen, red = SMALL.size(*original), (214, 46, 90)
     box = (seen[0] // 4, seen[1] // 3, seen[0] // 4 + 24, seen[1] // 3 + 15)
     x1, y1, x2, y2 = to_original(box, seen, original)
+    rows = slice(int(np.floor(y1 + 1e-6)), int(np.ceil(y2 - 1e-6)))
+    columns = slice(int(np.floor(x1 + 1e-6)), int(np.ceil(x2 - 1e-6)))
     pixels = np.zeros((original[1], original[0], 3), np.uint8)
-    pixels[int(np.floor(y1 + 1e-6)):int(np.ceil(y2 - 1e-6)), int(np.floor(x1 + 1e-6)):int(np.ceil(x2 - 1e-6))] = (214, 46, 90)
-    crop, cut = zoom(Image.fromarray(pixels), Call("x", box), seen, SMALL)
-    assert cut == pytest.approx((x1, y1, x2, y2))
-    assert (np.asarray(crop) == (214, 46, 90)).all()
-    for wider in ((-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
-        crop, _ = zoom(Image.fromarray(pixels), Call("x", tuple(a + b for a, b in zip(box, wider))), seen, SMALL)
-        assert not (np.asarray(crop) == (214, 46, 90)).all()
+    pixels[rows, columns] = red
+    crop, cut = zoomed(pixels, box, seen)
+    assert cut == pytest.approx((x1, y1, x2, y2)) and (crop == red).all()
+    for side, step in enumerate((-1, -1, 1, 1)):
+        wider = list(box)
+        wider[side] += step
+        assert not (zoomed(pixels, tuple(wider), seen)[0] == red).all()
+
+
+def test_zoom_in_thousandths():
+    """The box [250, 500, 500, 1000] of a 768 x 384 image is its second quarter, lower half."""
+    pixels = np.zeros((384, 768, 3), np.uint8)
+    pixels[192:, 192:384] = 255
+    crop, cut = zoomed(pixels, (250, 500, 500, 1000), (1000, 1000))
+    assert cut == (192, 192, 384, 384) and (crop == 255).all()
 
 
 def test_zoom_pixel_for_pixel():
@@ -384,50 +470,52 @@ def test_zoom_pixel_for_pixel():
     pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     free = Resolution(1, 1, 10**9)
     for box in ((10, 20, 50, 60), (0, 0, 120, 80), (116, 76, 120, 80)):
-        crop, _ = zoom(Image.fromarray(pixels), Call("x", box), (120, 80), free)
-        assert (np.asarray(crop) == pixels[box[1]:box[3], box[0]:box[2]]).all()
+        crop, _ = zoomed(pixels, box, (120, 80), free)
+        assert (crop == pixels[box[1]:box[3], box[0]:box[2]]).all()
 
 
 @pytest.mark.parametrize("original", SIZES[:9])
 def test_zoom_never_empty(original):
-    """The smallest boxes that check_box lets through still give a crop, even where the original is one pixel wide."""
-    seen = SMALL.size(*original)
-    image = Image.new("RGB", original, "red")
-    for box in ((0, 0, 4, 4), (seen[0] - 4, seen[1] - 4, *seen), (7.3, 9.1, 11.3, 13.1), (0, 0, *seen)):
-        crop, _ = zoom(image, Call("x", check_box(list(box), seen)), seen, SMALL)
-        assert crop.size[0] * crop.size[1] <= SMALL.crop().max_pixels and crop.getpixel((0, 0)) == (255, 0, 0)
+    """The smallest boxes that check_box lets through give a crop, even of one original pixel."""
+    seen, image = SMALL.size(*original), Image.new("RGB", original, "red")
+    corner = (seen[0] - 4, seen[1] - 4, *seen)
+    for box in ((0, 0, 4, 4), corner, (7.3, 9.1, 11.3, 13.1), (0, 0, *seen)):
+        crop, _ = zoomed(image, check_box(list(box), seen), seen)
+        assert crop[..., 0].size <= SMALL.crop().max_pixels and (crop[0, 0] == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("resolution", [SMALL, Resolution(28, 56 * 56, 1280 * 28 * 28), Resolution(1, 1, 64 * 64)], ids=str)
+@pytest.mark.parametrize("resolution", [SMALL, LARGE, Resolution(1, 1, 64 * 64)], ids=str)
 def test_resolution_bounds(resolution):
-    """Sides are multiples of the factor and areas stay below the bound, for ordinary and for extreme images."""
+    """Sides are multiples of the factor, areas below the bound, also for extreme images."""
     rng = np.random.default_rng(0)
-    for width, height in [*SIZES, *(2 ** rng.uniform(0, 12, (400, 2))).astype(int).tolist()]:
+    random_sizes = (2 ** rng.uniform(0, 12, (400, 2))).astype(int).tolist()
+    for width, height in [*SIZES, *random_sizes]:
         w, h = resolution.size(width, height)
-        assert w % resolution.factor == h % resolution.factor == 0 and min(w, h) > 0, (width, height, w, h)
+        assert w % resolution.factor == h % resolution.factor == 0 and min(w, h) > 0
         assert w * h <= resolution.max_pixels, (width, height, w, h)
 
 
-@pytest.mark.parametrize("width, height", [(83, 28), (28, 83), (5, 11), (20, 8), (59, 40), (100, 24)])
+@pytest.mark.parametrize("width, height", [(83, 28), (28, 83), (5, 11), (20, 8), (59, 40),
+                                           (100, 24)])
 def test_resolution_lower_bound(width, height):
     """Rounding to whole factors must not fall below the least area."""
-    for resolution in (SMALL, Resolution(28, 56 * 56, 1280 * 28 * 28)):
+    for resolution in (SMALL, LARGE):
         w, h = resolution.size(width, height)
-        assert w * h >= resolution.min_pixels and w * h <= resolution.max_pixels
+        assert resolution.min_pixels <= w * h <= resolution.max_pixels
 
 
 def test_resolution_keeps_aspect():
-    """With sides of many factors the aspect stays within a few percent; sizes that fit already are kept."""
-    resolution = Resolution(28, 56 * 56, 1280 * 28 * 28)
+    """With sides of many factors the aspect stays within a few percent; what fits is kept."""
     for width, height in [(4000, 3000), (1920, 1080), (600, 1800), (3000, 3000)]:
-        w, h = resolution.size(width, height)
+        w, h = LARGE.size(width, height)
         assert w / h == pytest.approx(width / height, rel=.06)
-        assert w * h > .85 * min(width * height, resolution.max_pixels)
-    assert resolution.size(280, 560) == (280, 560) and SMALL.size(768, 768) == (96, 96) and SMALL.size(768, 384) == (120, 72)
+        assert w * h > .85 * min(width * height, LARGE.max_pixels)
+    assert LARGE.size(280, 560) == (280, 560)
+    assert SMALL.size(768, 768) == (96, 96) and SMALL.size(768, 384) == (120, 72)
 
 
 def test_crop_costs_a_quarter():
-    """A crop's bound is a quarter of the image's, and never below the least that the model takes."""
+    """A crop's bound is a quarter of the image's, and never below the least the model takes."""
     assert SMALL.crop() == Resolution(24, 48 * 48, 48 * 48)
     assert Resolution(28, 100, 4000).crop() == Resolution(28, 100, 1000)
     assert Resolution(28, 3000, 4000).crop() == Resolution(28, 3000, 3000)
@@ -441,3 +529,84 @@ def test_fit():
     exact = pixels.reshape(96, 8, 96, 8, 3).mean((1, 3))
     assert reduced.shape == (96, 96, 3) and abs(reduced - exact).max() <= 1
     assert fit(Image.new("RGB", (20, 20)), SMALL).size == SMALL.size(20, 20) == (48, 48)
+
+
+# ---- a second tool -------------------------------------------------------------------------------
+
+ROTATE, MIRROR = "image_rotate_tool", "image_mirror_tool"
+
+
+def check_angle(arguments: dict, space: tuple) -> dict:
+    if arguments.get("angle") not in (90, 180, 270):
+        raise ToolError("bad_angle", "angle must be 90, 180 or 270.")
+    return {"angle": arguments["angle"]}
+
+
+def rotate(image: Image.Image, arguments: dict, space: tuple) -> tuple:
+    return image.rotate(arguments["angle"], expand=True), (0., 0., *map(float, image.size))
+
+
+def mirror(image: Image.Image, arguments: dict, space: tuple) -> tuple:
+    crop, box = tools.zoom(image, arguments, space)
+    return crop.transpose(Image.FLIP_LEFT_RIGHT), box
+
+
+def add_tools(monkeypatch) -> None:
+    """Two more tools: one with an argument of its own, one with the arguments of the zoom tool."""
+    angle = {"angle": {"type": "integer", "description": "degrees, to the left"}}
+    monkeypatch.setitem(tools.TOOLS, ROTATE, Tool("Turn it.", angle, check_angle, rotate))
+    mirrored = dataclasses.replace(tools.TOOLS[ZOOM], description="Mirror it.", run=mirror)
+    monkeypatch.setitem(tools.TOOLS, MIRROR, mirrored)
+
+
+def rotate_call(angle: object, label: str = "the red sign") -> str:
+    arguments = {"label": label, "angle": angle}
+    return tagged(json.dumps({"name": ROTATE, "arguments": arguments}))
+
+
+def test_a_second_tool_is_read(monkeypatch):
+    """Its own arguments are checked by its own function; the label is mandatory as for the zoom."""
+    assert outcome(rotate_call(90)) == "unknown_tool"
+    add_tools(monkeypatch)
+    call = outcome(rotate_call(90))
+    assert call == Call(ROTATE, "the red sign", {"angle": 90}) and call.bbox is None
+    assert outcome(rotate_call(45)) == "bad_angle"
+    assert outcome(rotate_call(90, label="the object")) == "vague_label"
+    assert outcome(rotate_call(90).replace("angle", "bbox_2d")) == "bad_arguments"
+    assert outcome(tagged(body(name=f'"{ROTATE}"'))) == "bad_arguments"
+    assert outcome(tagged(body(name=f'"{MIRROR}"'))) == dataclasses.replace(GOOD, tool=MIRROR)
+    assert outcome(tagged(body())) == GOOD
+    with pytest.raises(ToolError, match=f"expected {ZOOM} or {ROTATE} or {MIRROR}"):
+        parse(tagged(body(name='"other"')), SEEN)
+
+
+def test_a_second_tool_is_carried_out(monkeypatch):
+    """The left half is red: after a quarter turn to the left, the lower half."""
+    add_tools(monkeypatch)
+    image = Image.new("RGB", (400, 200))
+    image.paste("red", (0, 0, 200, 200))
+    shown, box = run_tool(image, parse(rotate_call(90), SEEN), SEEN, SMALL)
+    assert shown.size == SMALL.crop().size(200, 400) and box == (0, 0, 400, 200)
+    assert shown.getpixel((0, 0)) == (0, 0, 0)
+    assert shown.getpixel((shown.width - 1, shown.height - 1)) == (255, 0, 0)
+
+
+def test_a_second_tool_is_announced(monkeypatch):
+    add_tools(monkeypatch)
+    prompt = system_prompt()
+    signatures = prompt.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
+    found = [json.loads(line)["function"] for line in signatures]
+    assert [tool["name"] for tool in found] == [ZOOM, ROTATE, MIRROR]
+    arguments = [tool["parameters"]["required"] for tool in found]
+    assert arguments == [["label", "bbox_2d"], ["label", "angle"], ["label", "bbox_2d"]]
+    for tool in found:
+        assert list(tool["parameters"]["properties"]) == tool["parameters"]["required"]
+
+
+def test_the_demonstration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tools.demonstrate()
+    said = capsys.readouterr().out
+    for kind in ("vague_label", "inverted_box", "unterminated_tool_call", "bad_json", "Answer("):
+        assert f"-> {kind}" in said
+    assert (tmp_path / "runs/tools/60-20-76-32.png").is_file()

@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration)
+from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lib.data import Box, Question, holds, shows
@@ -245,29 +246,25 @@ class Source:
 
     def demonstrations(self, count: int, gap: float
                        ) -> tuple[list[Sample], list[tuple[Tokens, str, bool]]]:
-        """Demonstrations, and pairs for `contrast`: two a scene."""
-        scenes, images = [], []
+        """Demonstrations, and pairs for `contrast`, two a scene."""
+        samples, pairs = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
             turns = demonstrate(question, self.rng, gap)
             name = str(self.rng.choice(list(question.objects)))
             near = [self.nearby(question, name), self.nearby(question, name, reach=1.25)]
-            scenes.append((question, turns, name, near))
-            images.append(self.overview(question))
-            looks = [box for _, box in turns if box]
-            images += [self.crop(question, box) for box in looks + near]
-        encoded = iter(self.policy.encode_images(images))
-        samples, pairs = [], []
-        for question, turns, name, near in scenes:
-            pieces = [(self.policy.prompt(next(encoded), question.prompt), False)]
+            boxes = [box for _, box in turns if box] + near
+            images = [self.overview(question)] + [self.crop(question, box) for box in boxes]
+            overview, *crops = self.policy.encode_images(images)
+            pieces = [(self.policy.prompt(overview, question.prompt), False)]
             for text, box in turns:
                 pieces.append((self.policy.tokens(text), True))
                 if box:
-                    pieces.append((self.policy.observation(next(encoded)), False))
+                    pieces.append((self.policy.observation(crops.pop(0)), False))
             samples.append(joined(pieces))
-            for box in near:
+            for crop, box in zip(crops, near):
                 good = holds(in_original(box), question.objects[name])
-                pairs.append((next(encoded), f"the {name}", good))
+                pairs.append((crop, f"the {name}", good))
         return samples, pairs
 
 
@@ -282,8 +279,7 @@ def joined(pieces: list[tuple[Tokens, bool]]) -> Sample:
 
 # ---- stage 1: see --------------------------------------------------------------------------------
 
-def stage_see(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float
-              ) -> None:
+def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float) -> None:
     """The vision tower. Colours, shapes and marks are read off its output by the *word embeddings*
     of their names: so what the eye reports and what a question says meet in one space. Places are
     read off by two heads, which are then thrown away."""
@@ -300,7 +296,7 @@ def stage_see(policy: Policy, source: Source, name: str, steps: int, batch: int,
         output = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
         return output.pooler_output                                                 # (tokens, D)
 
-    def loss_at():
+    def next_loss():
         overviews, cells, crops, goals = see_batch(source, batch)
         cell = features(overviews)                                             # (16 batch, D)
         crop = features(crops).unflatten(0, (len(crops), -1)).mean(1)           # (2 batch, D)
@@ -318,12 +314,14 @@ def stage_see(policy: Policy, source: Source, name: str, steps: int, batch: int,
             report[what] = right[target >= 0].float().mean().item()
         return loss, {"loss": loss.item()} | report
 
-    optimise(name, [*visual.parameters(), *heads.parameters()], loss_at, steps, lr)
+    optimise([*visual.parameters(), *heads.parameters()], next_loss, steps, lr)
 
 
 def see_batch(source: Source, count: int) -> tuple[list, Tensor, list, Tensor]:
-    """Overviews, and for each of their 16 cells (colour, shape, x, y); crops, two an overview, and
-    for each (colour, shape, mark). Classes; -1: nothing to tell. The colour "no": an empty cell."""
+    """Overviews with what is in each of their 16 cells, (16 count, 4): colour, shape, x, y; and
+    crops, two a scene, with what they show, (2 count, 3): colour, shape, mark.
+
+    All are classes. -1: there is nothing to tell. An empty cell has the last colour and shape."""
     overviews, cells, crops, goals = [], [], [], []
     for _ in range(count):
         question = source.question()
@@ -351,22 +349,21 @@ def kind(name: str) -> tuple[int, int]:
 
 # ---- stages 2 to 4: aim, act, habit --------------------------------------------------------------
 
-def stage_aim(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float
-              ) -> None:
+def stage_aim(policy: Policy, source: Source, steps: int, batch: int, lr: float) -> None:
     """The language model, on eyes that stay as they are: lists of boxes."""
 
-    def loss_at():
+    def next_loss():
         loss, exact = imitate(policy, source.listings(batch))
         return loss, {"loss": loss.item(), "exact": exact}
 
-    optimise(name, list(policy.language.parameters()), loss_at, steps, lr)
+    optimise(list(policy.language.parameters()), next_loss, steps, lr)
 
 
-def stage_act(policy: Policy, source: Source, name: str, steps: int, batch: int, lr: float,
-              gap: float) -> None:
+def stage_act(policy: Policy, source: Source, steps: int, batch: int, lr: float, gap: float
+              ) -> None:
     """The language model: demonstrations with a gap, and beside them labels, crops and guesses."""
 
-    def loss_at():
+    def next_loss():
         samples, pairs = source.demonstrations(batch, gap)
         loss, exact = imitate(policy, samples)
         nce, match = contrast(policy, pairs)
@@ -375,7 +372,7 @@ def stage_act(policy: Policy, source: Source, name: str, steps: int, batch: int,
                   "guess": guess.item()}
         return loss + .2 * nce + .5 * guess, report
 
-    optimise(name, list(policy.language.parameters()), loss_at, steps, lr)
+    optimise(list(policy.language.parameters()), next_loss, steps, lr)
 
 
 def imitate(policy: Policy, samples: list[Sample]) -> tuple[Tensor, float]:
@@ -383,22 +380,21 @@ def imitate(policy: Policy, samples: list[Sample]) -> tuple[Tensor, float]:
     batch = [tokens for tokens, _ in samples]
     masks = [mask for _, mask in samples]
     states, _ = policy.own_states(batch, masks)                                        # (n, D)
+    logits = policy.model.lm_head(states)                                              # (n, V)
     targets = []
     for tokens, mask in samples:
         targets += [token for token, learnt in zip(tokens.ids, mask) if learnt]
     targets = torch.tensor(targets)                                                    # (n,)
-    logits = policy.model.lm_head(states)                                              # (n, V)
     exact = (logits.argmax(-1) == targets).float().mean().item()
     return F.cross_entropy(logits, targets), exact
 
 
 def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, float]:
     """CLIP's loss (InfoNCE, arXiv 2103.00020, fig. 3) on the language model's own summaries of
-    labels and crops; and how often a label finds its crop.
+    labels and crops, and how often a label finds its crop.
 
     pairs: (crop, label, does the crop hold the label's object?). A crop that does not is a negative
-    for every label, the hardest for its own. With this loss the encoder of tiny/ is trained for the
-    objects of this world. A real Qwen is not: there the score is unmeasured."""
+    for every label, the hardest for its own."""
     embed = functools.partial(policy.embed.__wrapped__, policy)  # with gradients
     labels = [label for _, label, _ in pairs]
     names = sorted(set(labels))                                  # each is encoded once
@@ -418,13 +414,13 @@ def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Ten
 
 # ---- training ------------------------------------------------------------------------------------
 
-def optimise(name: str, parameters: list[Tensor], loss_at, steps: int, lr: float) -> None:
-    """AdamW with warm-up and cosine. loss_at() -> (loss, numbers to report), on a fresh batch."""
+def optimise(parameters: list[Tensor], next_loss: Callable, steps: int, lr: float) -> None:
+    """AdamW with warm-up and cosine. next_loss() -> (loss, numbers to report), on a fresh batch."""
     optimiser = ShardedAdamW(parameters, betas=(.9, .98), weight_decay=.02)
     start, reports = time.time(), []
     for step in range(steps):
         optimiser.zero_grad()
-        loss, report = loss_at()
+        loss, report = next_loss()
         (loss / ranks()).backward()  # the optimiser sums over the processes
         optimiser.finish_micro_batch()
         optimiser.clip(1.)
@@ -433,9 +429,10 @@ def optimise(name: str, parameters: list[Tensor], loss_at, steps: int, lr: float
         optimiser.step(lr * warm_up * (.02 + .98 * cosine))
         reports.append(report)
         if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
-            means = {key: sum(r[key] for r in reports) / len(reports) for key in report}
-            text = "  ".join(f"{key} {mean:.3f}" for key, mean in means.items())
-            log(f"{name:6} step {step + 1:5}/{steps} {time.time() - start:5.0f} s  {text}")
+            text = f"{step + 1:5}/{steps} {time.time() - start:5.0f} s"
+            for key in report:
+                text += f"  {key} {sum(r[key] for r in reports) / len(reports):.3f}"
+            log(text)
             reports = []
     optimiser.close()
 
@@ -461,9 +458,9 @@ def build(out: str, seed: int, scale: float) -> None:
     count = sum(p.numel() for p in policy.model.parameters())
     log(f"{count:,} parameters, {len(policy.tokenizer)} tokens")
     for number, (name, (stage, settings)) in enumerate(STAGES.items()):
+        log(name)
         steps = max(int(settings["steps"] * scale), 2)
-        source = Source(policy, seed * 100 + number)
-        stage(policy, source, **(settings | {"steps": steps, "name": name}))
+        stage(policy, Source(policy, seed * 100 + number), **(settings | {"steps": steps}))
         if rank() == 0:
             policy.save(out if name == "habit" else f"{out}-{name}")
 
