@@ -12,8 +12,11 @@ Run it:  python eval.py --model runs/mapo                    # the world's held-
              --device cuda --dtype bfloat16                  # a benchmark: lib/benchmarks.py
          torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches
 
+A benchmark's table counts as its reference does, and beside that by our rule (docs/scoring.md).
+
 Each process appends to its own predictions-<rank>.jsonl. A killed run goes on with `--resume`, with
-any number of processes, and ends at the same table.
+any number of processes, and ends at the same table. It expects the same settings, and the files of
+the model and the questions as they were.
 """
 import argparse
 import json
@@ -35,10 +38,11 @@ from reward import Scorer, answerable, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
 from show import film_strip, stack
 from tiny.world import World, world_questions
-from tools import MAX_ANSWER_CHARS, Call
+from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
-FREE = ("n", "batch", "films", "out", "resume", "device")     # settings that a --resume may change
+# What a --resume may change. (With another batch, sampled answers are others, but as good.)
+FREE = ("n", "batch", "films", "out", "resume", "device")
 NO_TOOLS_PROMPT = """You are a careful visual agent.
 
 Think first, then finish with the letter or the text of your answer:
@@ -108,11 +112,15 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def benchmark_table(name: str, trajectories: list[Trajectory]) -> str:
-    """The benchmark's own rows, and how the agent used its tool."""
-    results = [(t.question, bool(outcome(t.question, t.answer))) for t in trajectories]
-    lines = [f"{name:36}{'n':>5}  accuracy (95% interval)"]
-    for label, accuracy, n, trials in benchmarks.benchmark_scores(name, results):
-        lines.append(f"{label:36}{n:5}  {with_interval(accuracy, trials)}")
+    """The benchmark's own rows, by the reference's rule and by ours, and how the tool was used."""
+    results, ours = [], []
+    for t in trajectories:
+        results.append((t.question, benchmarks.correct(t.question, t.answer)))
+        ours.append((t.question, benchmarks.correct(t.question, t.answer, "ours")))
+    lines = [f"{name:36}{'n':>5}  accuracy (95% interval)    ours"]
+    for row, our_row in zip(benchmarks.accuracies(results), benchmarks.accuracies(ours)):
+        label, accuracy, n, trials = row
+        lines.append(f"{label:36}{n:5}  {with_interval(accuracy, trials)}  {our_row[1]:6.3f}")
     m = measure(trajectories)
     semantic = "" if m["semantic"] is None else f", semantic {m['semantic']:.2f}"
     lines.append(f"calls per question {m['calls']:.2f}, valid turns {m['valid']:.2f}{semantic}")
@@ -188,12 +196,6 @@ def free_folder(out: Path) -> Path:
     return folder
 
 
-def stamp(path: Path) -> list[list]:
-    """Name, bytes and modification time (ns) of a file, or of a model directory's weights."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def prepare(out: Path, settings: dict) -> None:
     """Make the folder, or go on in one whose predictions were made with the same settings."""
     note = out / "settings.json"
@@ -223,14 +225,18 @@ def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
     return name, questions if name else answerable(questions)
 
 
-def accept_plain(trajectories: list[Trajectory]) -> None:
-    """Without tools, a model that never learnt to write tags may just say "B". So a short text
-    after its thought is an answer, too."""
-    for trajectory in trajectories:
-        said = trajectory.turns[-1].text.rsplit("</think>", 1)[-1].strip()
-        if trajectory.answer is None and 0 < len(said.split()) <= 20 and "<tool_call>" not in said:
-            trajectory.answer = said.removeprefix("<answer>").strip()[:MAX_ANSWER_CHARS]
-            trajectory.end = "plain"
+def final_answer(trajectory: Trajectory, no_tools: bool = False) -> str | None:
+    """What is scored when no <answer> was closed. To a benchmark's question it is the whole last
+    turn, as the references read it. Without tools it is what follows the thought: a model that
+    never learnt to write tags may just say "B". Else it is nothing."""
+    last = trajectory.turns[-1].text
+    if trajectory.answer is not None:
+        return trajectory.answer
+    if trajectory.question.meta:
+        return last
+    if no_tools:
+        return last.rsplit("</think>", 1)[-1].strip().removeprefix("<answer>")
+    return None
 
 
 def base_of(model: str) -> str:
@@ -260,24 +266,23 @@ def same_eyes(a: Policy, b: Policy) -> bool:
 
 def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questions: list[Question],
         out: Path) -> None:
-    """This rank's batches, without the questions that are done. A batch and its seed do not depend
-    on the number of ranks, so neither does the table."""
+    """This rank's batches. A batch and its seed do not depend on the number of ranks, so neither
+    does the table. A batch of which answers are missing is asked whole: its draws are the same."""
     done, rank = read_predictions(out), shard.rank()
     starts = range(rank * args.batch, len(questions), shard.ranks() * args.batch)
     for start in tqdm(starts, disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
-        stop = min(start + args.batch, len(questions))
-        numbers = [n for n in range(start, stop) if n not in done]
-        if not numbers:
+        numbers = range(start, min(start + args.batch, len(questions)))
+        if all(n in done for n in numbers):
             continue
         part = evaluate(policy, [questions[n] for n in numbers], scorer, args.temperature,
                         args.seed + start, args.max_turns, args.max_tokens, args.batch)
-        if args.no_tools:
-            accept_plain(part)
-        if args.films and 0 in numbers:
+        for trajectory in part:
+            trajectory.answer = final_answer(trajectory, args.no_tools)
+        if args.films and start == 0:
             strips = [film_strip(trajectory) for trajectory in part[:args.films]]
             stack(strips).save(out / "films.png")
         append(out / f"predictions-{rank}.jsonl",
-               [{"n": n, **record(trajectory)} for n, trajectory in zip(numbers, part)])
+               [{"n": n, **record(t)} for n, t in zip(numbers, part) if n not in done])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -298,8 +303,6 @@ def run(args: argparse.Namespace) -> None:
         scorer = None if args.encoder == "none" else load_scorer(args, policy, every)
         out = Path(args.out) if args.resume else free_folder(Path(args.out))
         settings = {key: value for key, value in vars(args).items() if key not in FREE}
-        settings["weights"] = stamp(Path(args.model))
-        settings["questions"] = args.data and stamp(Path(args.data))
     with shard.together():
         if shard.rank() == 0:
             if Path(args.model) != named:

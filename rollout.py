@@ -9,7 +9,7 @@ appended as new ids, under mask 0.
 
 All conversations of a batch go on side by side; those that have answered leave it.
 
-Run it:  python rollout.py      # one trajectory about a drawn picture, token by token; 6 s
+Run it:  python rollout.py      # one trajectory of tiny/, turn by turn; 6 s
 """
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from PIL import Image
 from lib.data import Question
 from lib.policy import Policy, Tokens
 from lib.sampler import Session
+from tiny.world import World, world_question
 from tools import Answer, Call, ToolError, fit, parse, run_tool
 
 
@@ -108,7 +109,8 @@ def write(policy: Policy, trajectory: Trajectory, ids: list[int], logps: list[fl
     """The agent's next turn, appended to its trajectory."""
     start = len(trajectory.mask)
     extend(trajectory, Tokens(ids), logps)
-    turn = Turn(policy.decode(ids).removesuffix("<|im_end|>"), slice(start, start + len(ids)))
+    said = ids[:-1] if ids[-1] in policy.end_ids else ids
+    turn = Turn(policy.decode(said), slice(start, start + len(ids)))
     trajectory.turns.append(turn)
     return turn
 
@@ -155,13 +157,11 @@ def observe(policy: Policy, trajectory: Trajectory) -> Tokens:
 
 
 def demonstrate() -> None:
-    """One trajectory of tiny/ about a drawn picture: who wrote what."""
-    image = Image.new("RGB", (768, 768), (110, 120, 110))
-    image.paste((214, 46, 46), (480, 160, 608, 288))
-    question = Question("What mark is on the red square?", "vee", lambda: image, ("vee", "checks"))
+    """One trajectory of tiny/ about a question of its world: who wrote what."""
+    question = world_question(World(), seed=0, split="test", index=0)
     policy = Policy("tiny")
     trajectory = collect(policy, [question], temperature=0.)[0]
-    print(f"{len(trajectory.prompt.ids):4} tokens of the prompt")
+    print(f"{len(trajectory.prompt.ids):4} tokens of the prompt: {question.prompt!r}")
     end = len(trajectory.prompt.ids)
     for turn in trajectory.turns:
         if turn.tokens.start > end:
@@ -170,7 +170,7 @@ def demonstrate() -> None:
         logp = sum(trajectory.logps[turn.tokens])
         print(f"{end - turn.tokens.start:4} tokens of the agent, log-probability {logp:.2f}: "
               f"{turn.text}")
-    print(f"ended by {trajectory.end}; answer {trajectory.answer!r}")
+    print(f"ended by {trajectory.end}; answer {trajectory.answer!r}, right {question.answer!r}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -29,6 +29,7 @@ MAX_TURN_CHARS, MAX_ANSWER_CHARS = 20_000, 500   # longer turns and answers are 
 MAX_CALL_CHARS = 2_000                           # .. longer calls are refused unread
 MAX_LABEL_WORDS, MAX_LABEL_CHARS = 12, 80
 MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in its own units, after clamping
+MAX_IMAGE_ASPECT = 200                           # of an image that a model can take
 LARGEST = 1e9                                    # a coordinate beyond this is no number
 
 
@@ -174,32 +175,33 @@ class Resolution:
     factor: int                 # patch size x merge size
     min_pixels: int
     max_pixels: int
+    resample: int = Image.BICUBIC   # Pillow's filter; tiny/ has BOX, the mean of an area
 
     def crop(self) -> "Resolution":
         """A crop costs at most a quarter of the largest image's tokens: looking stays cheap."""
-        return Resolution(self.factor, self.min_pixels, max(self.min_pixels, self.max_pixels // 4))
+        return replace(self, max_pixels=max(self.min_pixels, self.max_pixels // 4))
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) that the model will see: the aspect kept as well as factors allow."""
-        scale = 1.
-        if width * height > self.max_pixels:
-            scale = math.sqrt(self.max_pixels / (width * height))
-        elif width * height < self.min_pixels:
-            scale = math.sqrt(self.min_pixels / (width * height))
-        w = max(self.factor, round(width * scale / self.factor) * self.factor)
-        h = max(self.factor, round(height * scale / self.factor) * self.factor)
-        while w * h > self.max_pixels and max(w, h) > self.factor:   # rounding up, or very long
-            w, h = (w - self.factor, h) if w >= h else (w, h - self.factor)
-        while w * h < self.min_pixels and w * h + self.factor * min(w, h) <= self.max_pixels:
-            w, h = (w + self.factor, h) if w >= h else (w, h + self.factor)
+        """(width, height) that the model will see, by Qwen's rule (`smart_resize`): the nearest
+        multiples; if they are out of bounds, the image is scaled to the bound, and its sides are
+        rounded down (too large) or up (too small). Raises ValueError beyond 200:1, as Qwen's."""
+        if max(width, height) > MAX_IMAGE_ASPECT * min(width, height):
+            raise ValueError(f"expected an image of at most {MAX_IMAGE_ASPECT}:1, "
+                             f"found {width} x {height}")
+        w, h = (round(side / self.factor) * self.factor for side in (width, height))
+        if w * h > self.max_pixels:
+            shrink = math.sqrt(width * height / self.max_pixels)
+            w, h = (max(1, math.floor(side / shrink / self.factor)) * self.factor
+                    for side in (width, height))
+        elif w * h < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height))
+            w, h = (math.ceil(side * grow / self.factor) * self.factor for side in (width, height))
         return w, h
 
 
 def fit(image: Image.Image, resolution: Resolution) -> Image.Image:
-    """The image as the model sees it. Reducing averages over areas; enlarging interpolates."""
-    width, height = resolution.size(*image.size)
-    reduces = width * height <= image.width * image.height
-    return image.resize((width, height), Image.BOX if reduces else Image.BICUBIC)
+    """The image as the model sees it."""
+    return image.resize(resolution.size(*image.size), resolution.resample)
 
 
 def to_original(box: tuple, space: tuple[int, int], original: tuple[int, int]) -> tuple:
@@ -215,7 +217,8 @@ class Tool:
     """What a tool is called with, and what it does.
 
     check(arguments, space) -> the checked arguments; raises ToolError.
-    run(image, arguments, space) -> (what it shows, its box in pixels of the original)."""
+    run(image, arguments, space) -> (what it shows, its box in pixels of the original); it may
+    raise ToolError, too."""
     description: str
     parameters: dict[str, dict]              # JSON schema of its arguments; "label" comes before
     check: Callable[[dict, tuple[int, int]], dict]
@@ -255,7 +258,10 @@ def zoom(image: Image.Image, arguments: dict, space: tuple[int, int]) -> tuple[I
     box = to_original(arguments["bbox_2d"], space, image.size)
     x1, y1 = math.floor(box[0] + 1e-6), math.floor(box[1] + 1e-6)
     x2, y2 = math.ceil(box[2] - 1e-6), math.ceil(box[3] - 1e-6)
-    return image.crop((x1, y1, min(x2, image.width), min(y2, image.height))), box
+    crop = image.crop((x1, y1, min(x2, image.width), min(y2, image.height)))
+    if max(crop.size) > MAX_IMAGE_ASPECT * min(crop.size):     # of an image that is long itself
+        raise ToolError("thin_box", f"the crop would be longer than {MAX_IMAGE_ASPECT}:1.")
+    return crop, box
 
 
 TOOLS = {
@@ -276,10 +282,12 @@ def run_tool(image: Image.Image, call: Call, space: tuple[int, int],
     return fit(shown, resolution.crop()), box
 
 
-def zoom_call(label: str, box: tuple | list) -> str:
-    """A call of the zoom tool as an agent writes it: say, then look."""
+def zoom_call(label: str, box: tuple | list, gap: str = "") -> str:
+    """A call of the zoom tool as an agent writes it: say, then look. Qwen's own models write a
+    line break (gap) inside the tags; tiny/ does not, and `parse` reads both."""
     arguments = {"label": label, "bbox_2d": list(box)}
-    return f"<tool_call>{json.dumps({'name': ZOOM, 'arguments': arguments})}</tool_call>"
+    call = json.dumps({"name": ZOOM, "arguments": arguments})
+    return f"<tool_call>{gap}{call}{gap}</tool_call>"
 
 
 def system_prompt(coordinates: str = "pixels") -> str:
@@ -297,7 +305,7 @@ def system_prompt(coordinates: str = "pixels") -> str:
             "parameters": {"type": "object", "required": list(properties),
                            "properties": properties}}}))
     tools = "\n".join(schemas).replace("{unit}", units[coordinates])
-    example = zoom_call("the red sign", [10, 40, 90, 120])
+    example = zoom_call("the red sign", [10, 40, 90, 120], gap="\n")
     return f"""You are a careful visual agent. \
 Details may be too small to see at first: zoom in before you answer.
 
@@ -308,7 +316,8 @@ You may call one function per turn. Its signature is within <tools></tools> XML 
 </tools>
 
 Think first, then either call the function:
-<think>The sign is at the left, I need to read it.</think>{example}
+<think>The sign is at the left, I need to read it.</think>
+{example}
 or finish with the letter or the text of your answer:
 <think>The sign says 42.</think><answer>42</answer>"""
 
@@ -317,7 +326,7 @@ def demonstrate() -> None:
     """Good and bad turns about a picture with one red sign, and what the agent gets back."""
     image = Image.new("RGB", (768, 768), (110, 120, 130))
     image.paste((214, 46, 46), (500, 180, 580, 240))
-    resolution = Resolution(factor=24, min_pixels=48 * 48, max_pixels=96 * 96)
+    resolution = Resolution(factor=24, min_pixels=48 * 48, max_pixels=14_000, resample=Image.BOX)
     seen, folder = resolution.size(*image.size), Path("runs/tools")
     folder.mkdir(parents=True, exist_ok=True)
     fit(image, resolution).save(folder / "overview.png")

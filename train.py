@@ -85,6 +85,7 @@ class Config:
     test: str = option("", ".jsonl of held-out questions, with --data")
     options: int = option(4, "the world's luck: options of a mark question, 0 or 2 to 8")
     eval_questions: int = option(400, "held-out questions before and after")
+    eval_start: int = option(0, "the first of them, in the embedded world")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of questions and sampling")
     device: str = option("cpu", "cpu or cuda")
@@ -95,8 +96,8 @@ class Config:
 
 
 # A resumed run may change these; they are no part of a run's default name either.
-FREE = {"steps", "out", "resume", "save_every", "eval_questions", "test", "device", "recompute",
-        "micro_tokens"}
+FREE = {"steps", "out", "resume", "save_every", "eval_questions", "eval_start", "test", "device",
+        "recompute", "micro_tokens"}
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -271,7 +272,8 @@ class Questions:
 
 def held_out(config: Config) -> list[Question]:
     if not config.data:
-        return world_questions(World(options=config.options), 0, "test", 0, config.eval_questions)
+        world = World(options=config.options)
+        return world_questions(world, 0, "test", config.eval_start, config.eval_questions)
     if not config.test:
         return []
     return answerable(list(read_jsonl(config.test))[:config.eval_questions])

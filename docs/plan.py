@@ -1,201 +1,292 @@
-"""What a run will cost, before it runs: memory of each GPU and work of each step, from config.json alone.
+"""What a run will cost, before it runs: memory of each GPU and work of a step, from shapes alone.
 
-What it teaches: where 80 GB go. n weights, m of them trained, b bytes a weight (bf16 2, float32 4), N ranks:
+What it teaches: where 80 GB go. n weights, m of them trained, b bytes a weight (bf16 2, float32 4),
+N ranks; L layers, D hidden, I MLP, A = heads x head size, V vocabulary:
 
-    weights       2 n b: the policy, and the frozen base that scores it; train.py loads the model twice
-    optimiser     16 m / N: float32 gradient 4, master 4, Adam's moments 8 (ZeRO-2, shard.py)
-    bucket        the largest bucket of gradients on its way, 4 + 4 / N a weight, and 2 b of the largest weight as backward leaves it
-    KV cache      2 layers x kv heads x head size x b a token, x conversations x longest conversation; twice, because
-                  Session.keep copies the rows that go on
-    activations   what backward needs of a layer, a token: transformers' layer counted as Korthikanti et al. do (arXiv 2205.05198,
-                  sec. 4.1). D hidden, I MLP, A = heads x head size, K keys that the token may see:
+    weights       2 n b: the policy, and the frozen base that scores it
+    optimiser     16 m / N: float32 gradient 4, master 4, Adam's moments 8 (lib/shard.py)
+    KV cache      2 L x kv heads x head size x b a token, x conversations x longest
+    activations   what backward needs of a layer, a token. transformers' layer, counted as
+                  Korthikanti et al. do (arXiv 2205.05198, sec. 4.1); the token may see K keys:
                       2 D (4 + 2 b)   two RMSNorms: input in float32, normalised, output
                       4 I b           SwiGLU: gate, silu(gate), up, their product
-                      2 A b           query and output of attention; as much again for each *key*, repeated to all heads
-                      K b             the mask, which each layer turns from booleans into numbers
-                  --recompute stores D b instead. Backward then needs a layer's gradients, with --recompute also that layer again.
-                  --train_vision adds the vision tower's layers, a patch: 2 D (4 + 2 b) + 5 D b + 4 I b
-    logits        12 x vocabulary x min(512, own tokens): logits, their exp and what logsumexp needs in policy.TokenLogprobs; they
-                  are gone before backward reaches a layer, so the larger of the two counts
+                      2 A b           query and output of attention; as much for each *key*
+                      K b             the mask, which each layer turns from booleans to numbers
+                  --recompute stores D b instead, and computes a layer again in backward.
+    gradients     m b: backward passes through all that follows the prompts before it reaches the
+                  prompts. Both use the same weights, so the gradients wait for the second part.
+    bucket        gradients on their way to the optimiser: 4 + 4 / N a weight of the largest bucket
+    logits        12 V x min(512, own tokens), in policy.TokenLogprobs
 
-All are upper bounds: each trajectory takes all its turns, each turn all its tokens. Not counted: CUDA's context (1 GB), the
-allocator's fragments, the kernels' workspace.
+The model directory needs config.json alone. Weights and optimiser are exact; the rest are upper
+bounds: each trajectory takes all its turns, each turn all its tokens. Not counted: CUDA's context,
+the allocator's fragments, the kernels' workspace, PPO's critic. tests/test_plan.py compares a
+micro-batch on the CPU; no number was compared with a GPU.
 
-Run it:  python train.py --plan                # with any other options: prints this for them, and stops
+Run it:  python docs/plan.py                                # tiny/, with train.py's defaults; 5 s
+         python docs/plan.py --model DIR --questions 4 ..   # train.py's options (docs/larger.md)
 """
 import json
 import math
-import os
+import sys
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from lib.data import read_jsonl
-from tiny.world import World, world_questions
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from lib.data import DataError, read_jsonl
 from lib.policy import read_config
+from tiny.world import World, world_questions
 from tools import Resolution, system_prompt
+from train import Config, parse_config
 
-TFLOPS, TERABYTES = 100., 1.                            # assumed, sustained, a GPU: a third of an A100's bf16 peak, half of its bandwidth
-CHUNK, SPARE, BUCKET, SUMMARY, TRIAL = 512, 64, 2**25, 256, 64    # policy.logprobs, .Spare, shard.ShardedAdamW, policy.embed, eval.evaluate
-WRAP, FIRST = 32, 32                                    # tokens of ChatML and tool tags around a text or an image; rows of --data looked at
+TFLOPS, TERABYTES = 100., 1.    # assumed, sustained, a GPU; an A100's peaks are 312 and 2 (80 GB)
+CHUNK, BUCKET, SUMMARY, TRIAL = 512, 2**25, 256, 64     # logprobs, ShardedAdamW, embed, evaluate
+WRAP, ERROR, FIRST = 32, 64, 32     # tokens of ChatML around a text, of an error; questions read
 
 
-def read_model(path: str, dtype: str = "float32", train_vision: bool = False) -> SimpleNamespace:
-    """The numbers that the arithmetic needs. The model is built on the meta device: shapes without memory."""
-    config = read_config(path)
+@dataclass
+class Shape:
+    """The numbers of a model that the arithmetic needs, and how many pixels it takes."""
+    b: int                      # bytes a weight
+    n: int                      # weights; tied ones once
+    m: int                      # trained: the language model's, as Policy.freeze_vision has it
+    largest: int                # of the trained parameters
+    ends: int                   # embedding and lm_head
+    L: int
+    D: int
+    I: int
+    A: int
+    V: int
+    kv: int                     # kv heads x head size
+    features: int               # numbers of an image's token: D, with DeepStack more
+    patches: int                # an image's token
+    a_patch: int                # bytes a patch in the vision tower: rotary in float32, or its MLP
+    resolution: Resolution
+
+
+def read_shape(path: str, dtype: str = "float32") -> Shape:
+    """The model is built on the meta device: shapes without memory. Raises what read_config does.
+
+    Without preprocessor_config.json: 4 to 16,384 tokens an image, as Qwen2.5-VL is published."""
+    config, b = read_config(path), getattr(torch, dtype).itemsize
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}                           # tied weights once
-    language = sum(n for name, n in sizes.items() if "visual" not in name)
-    trained = [n for name, n in sizes.items() if train_vision or "visual" not in name]          # as Policy.learners
-    ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    text, vision, processor = config.get_text_config(), config.vision_config, Qwen2VLImageProcessorPil.from_pretrained(path)
-    (vocabulary, hidden), heads = model.get_output_embeddings().weight.shape, text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    return SimpleNamespace(
-        path=Path(path), b=getattr(torch, dtype).itemsize, all=sum(sizes.values()), trained=sum(trained), largest=max(trained),
-        language=language, vision=sum(sizes.values()) - language, train_vision=train_vision, ends=sum(ends.values()), layers=text.num_hidden_layers, hidden=hidden,
-        inner=text.intermediate_size, vocabulary=vocabulary, attention=heads * head_size, kv=text.num_key_value_heads * head_size,
-        features=hidden * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))), patches=processor.merge_size ** 2,  # a token
-        vision_hidden=vision.hidden_size, vision_inner=vision.intermediate_size, vision_layers=vision.depth,
-        patch=3 * vision.temporal_patch_size * processor.patch_size ** 2, resolution=Resolution(
-            processor.patch_size * processor.merge_size, processor.size["shortest_edge"], processor.size["longest_edge"]))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = [size for name, size in sizes.items() if "visual" not in name]
+    first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    (V, D), text, vision = last.shape, config.get_text_config(), config.vision_config
+    head = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    factor = vision.patch_size * vision.spatial_merge_size
+    size = {"shortest_edge": 4 * factor ** 2, "longest_edge": 16_384 * factor ** 2}
+    if (Path(path) / "preprocessor_config.json").is_file():
+        size = Qwen2VLImageProcessorPil.from_pretrained(path).size
+    return Shape(
+        b=b, n=sum(sizes.values()), m=sum(trained), largest=max(trained),
+        ends=V * D if first is last else 2 * V * D, L=text.num_hidden_layers, D=D,
+        I=text.intermediate_size, A=head * text.num_attention_heads, V=V,
+        kv=head * text.num_key_value_heads,
+        features=D * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))),
+        patches=vision.spatial_merge_size ** 2,
+        a_patch=max(vision.hidden_size * (24 + 5 * b),
+                    3 * (vision.intermediate_size + vision.hidden_size) * b),
+        resolution=Resolution(factor, size["shortest_edge"], size["longest_edge"]))
 
 
-def read_questions(m: SimpleNamespace, config) -> SimpleNamespace:
-    """How many questions there are, and the longest lengths in tokens: image, crop, prompt, observation, whole conversation."""
-    file = read_jsonl(config.data) if config.data else iter(world_questions(World(options=config.options), 0, "train", 0, FIRST))
-    rows = [q for _, q in zip(range(FIRST), file)]
-    if not rows:
-        raise ValueError(f"{config.data}: holds no questions")
-    sizes, note, tokenizer = [q.open().size for q in rows], m.path / "agent.json", m.path / "tokenizer.json"
-    tokens = lambda resolution: max(math.prod(resolution.size(*size)) for size in sizes) // m.resolution.factor ** 2
-    encode = AutoTokenizer.from_pretrained(m.path).encode if tokenizer.is_file() else lambda text: text[::3]  # 3 characters a token, or more
-    agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+@dataclass
+class Lengths:
+    """The longest lengths, in tokens."""
+    image: int
+    crop: int
+    prompt: int                 # with its image
+    observation: int            # a crop or an error, as the agent reads it
+    whole: int                  # trajectory
+
+
+def read_lengths(shape: Shape, config: Config) -> tuple[Lengths, str]:
+    """Of the first questions, and a line about the questions. Raises what read_jsonl does."""
+    path, area = Path(config.model), shape.resolution.factor ** 2
+    stream = iter(world_questions(World(options=config.options), 0, "train", 0, FIRST))
+    if config.data:
+        stream = read_jsonl(config.data)
+    first = list(islice(stream, FIRST))
+    if not first:
+        raise DataError(f"{config.data}: holds no questions")
+    sizes = [question.open().size for question in first]
+    note = f"first images {min(sizes)} to {max(sizes)}"
+    if config.data:
+        count = len(first) + sum(1 for _ in stream)
+        note = f"{count:,} in {config.data}, {count / config.questions:.1f} steps an epoch; {note}"
+    agent = path / "agent.json"
+    agent = json.loads(agent.read_text(encoding="utf-8")) if agent.is_file() else {}
     system = agent.get("system_prompt", system_prompt(config.coordinates or "pixels"))
-    image, crop = tokens(m.resolution), tokens(m.resolution.crop())
-    prompt = len(encode(system)) + max(len(encode(q.prompt)) for q in rows) + WRAP + image
-    return SimpleNamespace(
-        count=config.data and len(rows) + sum(1 for _ in file), sizes=(min(sizes), max(sizes)), exact=tokenizer.is_file(), image=image, crop=crop,
-        prompt=prompt, observation=crop + WRAP, total=prompt + config.max_turns * config.max_tokens + (config.max_turns - 1) * (crop + WRAP))
+    texts = count_tokens(path, [system] + [question.prompt for question in first])
+    image = max(math.prod(shape.resolution.size(*size)) for size in sizes) // area
+    crop = shape.resolution.crop().max_pixels // area
+    prompt, observation = texts[0] + max(texts[1:]) + WRAP + image, max(crop, ERROR) + WRAP
+    whole = prompt + config.max_turns * config.max_tokens + (config.max_turns - 1) * observation
+    return Lengths(image, crop, prompt, observation, whole), note
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-def cache_bytes(m: SimpleNamespace, rows: int, columns: int) -> int:
-    """Keys and values. policy.Spare allocates up to 64 columns more."""
-    return 2 * m.layers * m.kv * m.b * rows * columns
-
-
-def activation_bytes(m: SimpleNamespace, rows: int, group: int, prompt: int, total: int, recompute: bool = False) -> tuple[int, int]:
-    """Of a micro-batch of `rows` trajectories, whose groups share their prompts (policy.hidden_after): stored, and of the layer in backward."""
-    def saved(sequences: int, tokens: int, keys: int) -> int:                                                # by one layer
-        a_token = 2 * m.hidden * (4 + 2 * m.b) + 4 * m.inner * m.b + 2 * m.attention * m.b + keys * m.b
-        return sequences * (tokens * a_token + keys * 2 * m.attention * m.b)
-
-    prompts = math.ceil(rows / group)
-    layer = saved(prompts, prompt, prompt) + saved(rows, total - prompt, total)
-    tokens = prompts * prompt + rows * (total - prompt)
-    caches = cache_bytes(m, 1, prompts * prompt + rows * prompt + rows * total)                             # policy.Repeatable and its `past`
-    outside = tokens * m.hidden * (4 + 5 * m.b)                                                             # embeddings, last norm, own states
-    return m.layers * (tokens * m.hidden * m.b if recompute else layer) + caches + outside, layer * (1 + recompute)
+def count_tokens(path: Path, texts: list[str]) -> list[int]:
+    """Without a tokenizer.json a token is taken for 3 characters, fewer than English has."""
+    if not (path / "tokenizer.json").is_file():
+        return [math.ceil(len(text) / 3) for text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [len(tokenizer.encode(text)) for text in texts]
 
 
-def vision_bytes(m: SimpleNamespace, patches: int, recompute: bool = False) -> tuple[int, int]:
-    """Of the vision tower, where it learns: stored for backward, and of the layer in backward."""
-    layer = patches * (m.vision_hidden * (8 + 9 * m.b) + 4 * m.vision_inner * m.b)
-    outside = patches * (m.patch * m.b + 3 * m.vision_hidden * (4 + 4 * m.b))                                # patches, embedding, merger
-    return m.vision_layers * (patches * m.vision_hidden * m.b if recompute else layer) + outside, layer * (1 + recompute)
+# ---- bytes ---------------------------------------------------------------------------------------
+
+def cache_bytes(s: Shape, columns: int) -> int:
+    """Keys and values of all layers."""
+    return 2 * s.L * s.kv * s.b * columns
 
 
-def generating(m: SimpleNamespace, c, t: SimpleNamespace, questions: int, group: int) -> dict[str, float]:
-    """Bytes of a rollout and its scores; the workspace is that of the largest of their forward passes."""
-    rows, looks = questions * group, questions * group * (c.max_turns - 1)
-    a_token = 3 * m.inner * m.b + 4 * m.hidden * m.b                            # silu(gate), up, product; residual, norm, input ..
-    a_patch = max(m.vision_hidden * (24 + 5 * m.b), 3 * (m.vision_inner + m.vision_hidden) * m.b)           # rotary in float32, or the MLP
-    forward = lambda n, new, keys: n * (new * (a_token + keys * (1 + m.b)) + keys * 2 * m.attention * m.b)
-    return {"KV cache": cache_bytes(m, rows, t.total + SPARE), "KV cache's copy": cache_bytes(m, rows, t.total + SPARE),
-            "rollout's workspace": max(
-                m.patches * a_patch * max(questions * t.image, rows * t.crop * (looks > 0)),                # vision tower, all at once
-                forward(questions, t.prompt, t.prompt), forward(rows, t.observation, t.total) * (looks > 0),
-                forward(min(SUMMARY, looks), t.observation, t.observation),                                 # semantic score
-                24 * m.vocabulary * rows)}                                                                  # policy.draw, in float64
+def layer_bytes(s: Shape, rows: int, new: int, keys: int) -> int:
+    """What backward needs of one layer: `new` tokens in each of `rows` rows, which see `keys`."""
+    a_token = 2 * s.D * (4 + 2 * s.b) + 4 * s.I * s.b + 2 * s.A * s.b + keys * s.b
+    return rows * (new * a_token + keys * 2 * s.A * s.b)
 
 
-def memory(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, float]:
-    """Bytes a GPU, by what holds them. Rollout, update and evaluation come one after the other."""
-    questions, shard = c.questions // ranks, math.ceil(m.trained / ranks)
-    rows = min(questions * c.group, max(1, c.micro_tokens // t.total))                                      # train.micro_batches
-    trial = min(TRIAL, math.ceil(c.eval_questions / ranks)) if c.test or not c.data else 0
-    always = {"policy's weights": m.all * m.b, "frozen base's weights": m.all * m.b, "gradient shard": 4 * shard, "optimiser shard": 12 * shard}
-    images = lambda prompts, rows: prompts * t.image + rows * (c.max_turns - 1) * t.crop                    # their tokens
-    rollout = {"image features": images(questions, questions * c.group) * m.features * m.b}
-    stored, layer = activation_bytes(m, rows, c.group, t.prompt, t.total, c.recompute)
-    if m.train_vision:
-        more, one = vision_bytes(m, images(math.ceil(rows / c.group), rows) * m.patches, c.recompute)
-        stored, layer = stored + more, max(layer, one)
-    update = rollout | {"activations": stored, "a layer in backward": layer,
-                        "logits": 12 * m.vocabulary * min(CHUNK, rows * c.max_turns * c.max_tokens),
-                        "bucket": max(m.largest, min(BUCKET, m.trained)) * (4 + 4 / ranks * (ranks > 1)) + 2 * m.b * m.largest}
-    rollout |= generating(m, c, t, questions, c.group)
-    phases = {"rollout": rollout, "update": update, "evaluation": generating(m, c, t, trial, 1) if trial else {}}
-    peaks = {f"peak of {name}": sum((always | parts).values()) for name, parts in phases.items() if parts}
-    peaks["peak of update"] -= min(layer, update["logits"])
+def stored_bytes(s: Shape, rows: int, new: int, keys: int, recompute: bool) -> int:
+    """What backward needs of all layers, the embeddings before and the norm after them."""
+    inside = rows * new * s.D * s.b if recompute else layer_bytes(s, rows, new, keys)
+    return s.L * inside + rows * new * s.D * (4 + 5 * s.b)
+
+
+def micro_rows(config: Config, lengths: Lengths, trajectories: int) -> int:
+    """Trajectories in a micro-batch (batches.micro_batches), if all are as long as they may be."""
+    return min(trajectories, max(1, config.micro_tokens // lengths.whole))
+
+
+def update_bytes(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
+    """Bytes of a micro-batch whose groups share their prompts (policy.hidden_after)."""
+    prompt, trajectories = lengths.prompt, config.questions // ranks * config.group
+    rows = micro_rows(config, lengths, trajectories)
+    prompts, rest = math.ceil(rows / config.group), lengths.whole - prompt
+    layer = max(layer_bytes(s, prompts, prompt, prompt), layer_bytes(s, rows, rest, lengths.whole))
+    sent = max(s.largest, min(BUCKET, s.m))
+    return {
+        "activations: prompts": stored_bytes(s, prompts, prompt, prompt, config.recompute)
+        + cache_bytes(s, prompts * prompt),
+        "activations: the rest": stored_bytes(s, rows, rest, lengths.whole, config.recompute)
+        + cache_bytes(s, rows * (prompt + lengths.whole)),             # a row copies its prompt's
+        "gradients that wait": s.m * s.b,
+        "a layer in backward": layer * (1 + config.recompute),
+        "logits": 12 * s.V * min(CHUNK, rows * config.max_turns * config.max_tokens),
+        "bucket": sent * (4 + (4 / ranks if ranks > 1 else 0)) + 2 * s.b * s.largest}
+
+
+def rollout_bytes(s: Shape, config: Config, lengths: Lengths, questions: int,
+                  group: int) -> dict[str, float]:
+    """Bytes of a rollout and its scores. The workspace is that of its largest forward pass: of a
+    layer, which takes less than what backward would need of it, or of the vision tower."""
+    rows, looks = questions * group, questions * group * (config.max_turns - 1)
+    cache, later = cache_bytes(s, rows * lengths.whole), min(rows, looks)
+    passes = [max(questions * lengths.image, later * lengths.crop) * s.patches * s.a_patch,
+              layer_bytes(s, questions, lengths.prompt, lengths.prompt),
+              layer_bytes(s, later, lengths.observation, lengths.whole),
+              layer_bytes(s, min(SUMMARY, looks), lengths.observation, lengths.observation),
+              24 * s.V * rows]                            # sampler.draw, in float64
+    features = (questions * lengths.image + looks * lengths.crop) * s.features * s.b
+    return {"image features": features, "KV cache": cache,
+            "rollout's workspace": max(passes) + cache / (2 * s.L)}    # torch.cat: a layer's keys
+
+
+def memory(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
+    """Bytes a GPU, by what holds them. Rollout, update and evaluation take turns."""
+    part = math.ceil(s.m / ranks)
+    always = {"policy's weights": s.n * s.b, "frozen base's weights": s.n * s.b,
+              "gradient shard": 4 * part, "optimiser shard": 12 * part}
+    rollout = rollout_bytes(s, config, lengths, config.questions // ranks, config.group)
+    update = update_bytes(s, config, lengths, ranks)
+    fixed = sum(always.values())
+    peaks = {"peak of rollout": fixed + sum(rollout.values()),
+             "peak of update": fixed + sum(update.values()) + rollout["image features"]}
+    for pair in (("activations: the rest", "gradients that wait"),     # one shrinks, one grows
+                 ("a layer in backward", "logits")):                   # one after the other
+        peaks["peak of update"] -= min(update[name] for name in pair)
+    if config.test or not config.data:
+        trial = min(TRIAL, math.ceil(config.eval_questions / ranks))
+        parts = rollout_bytes(s, config, lengths, trial, 1)
+        peaks["peak of evaluation"] = fixed + sum(parts.values())
     return always | rollout | update | peaks
 
 
-# ---- work ------------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
-def flops(m: SimpleNamespace, c, t: SimpleNamespace, ranks: int) -> dict[str, float]:
-    """FLOPs of a step, all ranks together: 2 a weight and token forward, 6 with backward, 8 with recomputation (arXiv 2001.08361,
-    sec. 2.1), and 4 A a layer for each pair of query and key. Left out: attention inside the vision tower."""
-    body, head, pair = m.language - m.ends, m.vocabulary * m.hidden, 4 * m.attention * m.layers
-    n, middle, times = c.questions * c.group, (t.prompt + t.total) / 2, 4 if c.recompute else 3
-    looks, own, rows = n * (c.max_turns - 1), n * c.max_turns * c.max_tokens, min(n // ranks, max(1, c.micro_tokens // t.total))
-    prompts, rest = n / rows * math.ceil(rows / c.group), t.total - t.prompt                                # a micro-batch shares a prompt
-    return {"decode": own * (2 * (body + head) + pair * middle),
-            "prefill": c.questions * t.prompt * (2 * body + pair * t.prompt) + looks * t.observation * (2 * body + pair * middle),
-            "vision": 2 * m.vision * m.patches * (c.questions * t.image + looks * t.crop * (1 + m.train_vision)
-                                                  + times * c.updates * m.train_vision * (prompts * t.image + looks * t.crop)),
-            "score": 2 * body * looks * (t.observation + WRAP),                                             # a crop and a label
-            "update": c.updates * (times * (2 * body * (prompts * t.prompt + n * rest) + pair * (
-                prompts * t.prompt ** 2 + n * rest * t.total)) + 8 * head * own)}
+def flops(s: Shape, config: Config, lengths: Lengths) -> dict[str, float]:
+    """FLOPs of a step, of all ranks: 2 a weight and token forward, 6 with backward, 8 with
+    recomputation (arXiv 2001.08361, sec. 2.1), and 4 A a layer for each pair of query and key.
+    Left out: attention inside the vision tower."""
+    body, head, pair = 2 * (s.m - s.ends), 2 * s.V * s.D, 4 * s.A * s.L
+    n, middle = config.questions * config.group, (lengths.prompt + lengths.whole) / 2
+    looks, own = n * (config.max_turns - 1), n * config.max_turns * config.max_tokens
+    images = config.questions * lengths.image + looks * lengths.crop
+    rest, rows = lengths.whole - lengths.prompt, micro_rows(config, lengths, n)
+    prompts = n / rows * math.ceil(rows / config.group)     # a micro-batch computes one for a group
+    prompt = lengths.prompt * (body + pair * lengths.prompt)
+    update = prompts * prompt + n * rest * (body + pair * lengths.whole)
+    return {
+        "decode": own * (body + head + pair * middle),
+        "prefill": config.questions * prompt + looks * lengths.observation * (body + pair * middle),
+        "vision": 2 * (s.n - s.m) * s.patches * images,
+        "score": looks * (lengths.observation + WRAP) * body,          # a crop and a label
+        "update": config.updates * ((4 if config.recompute else 3) * update + 4 * head * own)}
 
 
-def show(c) -> None:
-    """Print the plan of a train.Config; of torchrun's ranks only the first does. Raises what Policy and read_jsonl raise."""
-    if int(os.environ.get("RANK", 0)):
-        return
-    m, world = read_model(c.model, c.dtype, c.train_vision), int(os.environ.get("WORLD_SIZE", 1))
-    t = read_questions(m, c)
-    if c.questions % world:
-        raise ValueError(f"--questions: expected a multiple of {world} ranks, found {c.questions}")
-    print(f"""computed, not run: {c.model} in {c.dtype}, {c.questions} questions x {c.group} trajectories a step, up to {c.max_turns} turns of {c.max_tokens} tokens
-parameters  {m.all:,}: language model {m.language:,}, trained, with embedding and lm_head of {m.ends:,}; vision tower {m.vision:,}, {"trained" if m.train_vision else "frozen"}
-questions   {f"{t.count:,} in {c.data}, {t.count / c.questions:.1f} steps an epoch" if c.data else "the embedded world, endless"}; first images {t.sizes[0]} to {t.sizes[1]}
-tokens      image {t.image}, crop {t.crop}, prompt {t.prompt}{"" if t.exact else " (no tokenizer.json: 3 characters a token)"}, conversation {t.total}, all at most
-micro-batch {max(1, c.micro_tokens // t.total)} trajectories (--micro_tokens {c.micro_tokens})
-""")
-    columns = [n for n in sorted({1, 2, 4, 8, world}) if c.questions % n == 0]
-    table = [memory(m, c, t, n) for n in columns]
-    print(f"{'GB a GPU, computed, not run':30}" + "".join(f"{f'{n} rank' + 's' * (n > 1) + '*' * (n == world):>10}" for n in columns))
-    for name in table[0]:
-        print(f"{name:30}" + "".join(f"{column[name] / 1e9:10.{1 if m.all > 1e8 else 4}f}" for column in table))
-    work = flops(m, c, t, world)
-    seconds = {name: x / world / (TFLOPS * 1e12) for name, x in work.items()}
-    reads = m.language * m.b + cache_bytes(m, c.questions * c.group // world, (t.prompt + t.total) // 2)    # for each token of a turn
-    seconds["decode"] = max(seconds["decode"], c.max_turns * c.max_tokens * reads / (TERABYTES * 1e12))
-    work["all"], seconds["all"] = sum(work.values()), sum(seconds.values())
-    print(f"* WORLD_SIZE\n\n{'a step, computed, not run':30}{'PFLOP':>10}{'seconds':>10}")
+def seconds(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
+    """Of a step at TFLOPS. Decoding also waits for memory: each token reads the weights, and the
+    cache three times (attention reads it; torch.cat reads and writes it)."""
+    work = flops(s, config, lengths)
+    times = {name: work[name] / ranks / (TFLOPS * 1e12) for name in work}
+    rows, middle = config.questions * config.group // ranks, (lengths.prompt + lengths.whole) // 2
+    moved = s.m * s.b + 3 * cache_bytes(s, rows * middle)
+    waiting = config.max_turns * config.max_tokens * moved / (TERABYTES * 1e12)
+    times["decode"] = max(times["decode"], waiting)
+    return times | {"a step": sum(times.values())}
+
+
+# ---- what a person reads -------------------------------------------------------------------------
+
+def show(config: Config) -> None:
+    s = read_shape(config.model, config.dtype)
+    lengths, note = read_lengths(s, config)
+    rows, group = micro_rows(config, lengths, config.group), config.group
+    print(f"computed, not run: {config.model} in {config.dtype}; a step is {config.questions} "
+          f"questions x {group} trajectories")
+    print(f"weights      {s.n:,}: {s.m:,} in the language model, trained; the rest frozen")
+    print(f"questions    {note}")
+    print(f"tokens       at most: image {lengths.image:,}, crop {lengths.crop:,}, prompt "
+          f"{lengths.prompt:,}, trajectory {lengths.whole:,}")
+    print(f"micro-batch  holds {rows} of a group's {group} longest trajectories")
+    if rows < group:
+        print(f"warning: so their prompt is computed {math.ceil(group / rows)} times; "
+              f"--micro_tokens {group * lengths.whole} holds all {group}")
+    columns = [ranks for ranks in (1, 2, 4, 8) if config.questions % ranks == 0]
+    heads = "".join(f"{ranks:6} GPUs" for ranks in columns)
+    print(f"\n{'GB a GPU':24}{heads}")
+    tables = [memory(s, config, lengths, ranks) for ranks in columns]
+    digits = 1 if s.n > 1e8 else 4
+    for name in tables[0]:
+        print(f"{name:24}" + "".join(f"{t[name] / 1e9:11.{digits}f}" for t in tables))
+    print(f"\n{'seconds':24}{heads}      PFLOP")
+    work, tables = flops(s, config, lengths), [seconds(s, config, lengths, r) for r in columns]
+    work["a step"] = sum(work.values())
     for name in work:
-        print(f"{name:30}{work[name] / 1e15:10.3g}{seconds[name]:10.3g}")
-    print(f"""{c.steps} steps: {seconds["all"] * c.steps / 3600:.2g} hours on {world} GPU(s), at an assumed, not measured, {TFLOPS:g} TFLOP/s, and {TERABYTES:g} TB/s where decoding waits for
-memory. Python, kernel launches, pictures, communication, evaluations and dynamic sampling's further draws come on top.""")
+        cells = [t[name] for t in tables] + [work[name] / 1e15]
+        print(f"{name:24}" + "".join(f"{cell:11.3g}" for cell in cells))
+    print(f"at an assumed {TFLOPS:g} TFLOP/s and {TERABYTES:g} TB/s a GPU; Python, kernel "
+          "launches, pictures,\ncommunication and evaluation come on top")
 
 
 if __name__ == "__main__":
-    from train import parse_config
-    show(parse_config())
+    try:
+        show(parse_config())
+    except (DataError, OSError, ValueError) as error:
+        sys.exit(f"plan.py: {error}")

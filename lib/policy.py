@@ -39,6 +39,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SLOT = "{slot}"                         # stands for a text in a rendered chat template
 
 
 @dataclass
@@ -76,8 +77,8 @@ class Policy:
 
         self.merge = self.processor.merge_size  # a placeholder stands for merge x merge patches
         size = self.processor.size
-        self.resolution = Resolution(self.processor.patch_size * self.merge,
-                                     size["shortest_edge"], size["longest_edge"])
+        self.resolution = Resolution(self.processor.patch_size * self.merge, size["shortest_edge"],
+                                     size["longest_edge"], int(self.processor.resample))
 
         note = Path(path) / "agent.json"  # how an agent of ours was taught to speak
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -86,6 +87,12 @@ class Policy:
 
         words = self.tokenizer.get_added_vocab()
         self.image_id, self.end_id = config.image_token_id, words["<|im_end|>"]
+        ends = model.generation_config.eos_token_id or []       # a number, a list, or None
+        self.end_ids = {self.end_id, words.get("<|endoftext|>", self.end_id),
+                        *(ends if isinstance(ends, list) else [ends])}
+        # Qwen's templates put a line break on both sides of what a tool returned.
+        shown = self.chat([{"role": "user", "content": ""}, {"role": "tool", "content": SLOT}])
+        self.gap = "\n" if f"<tool_response>\n{SLOT}\n</tool_response>" in shown else ""
         self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
@@ -122,19 +129,25 @@ class Policy:
         return result
 
     def prompt(self, image: Tokens, text: str) -> Tokens:
-        """How a conversation opens, in ChatML: system prompt (unless empty), image, question."""
-        system = ""
+        """How a conversation opens, by the directory's chat template: system prompt, image, text.
+        With an empty system prompt the template may write one of its own (Qwen2.5-VL's does)."""
+        messages = [{"role": "user", "content": SLOT}]
         if self.system_prompt:
-            system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n"
-        return self.tokens(f"{system}<|im_start|>user\n<|vision_start|>", image,
-                           f"<|vision_end|>{harmless(text)}<|im_end|>\n<|im_start|>assistant\n")
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        before, after = self.chat(messages).rsplit(SLOT, 1)
+        return self.tokens(f"{before}<|vision_start|>", image,
+                           f"<|vision_end|>{harmless(text)}{after}")
 
     def observation(self, content: "Tokens | str") -> Tokens:
         """What the tool returned, as a user turn after the agent's: a crop, or an error's text."""
         if isinstance(content, Tokens):
             content = self.tokens("<|vision_start|>", content, "<|vision_end|>")
-        return self.tokens("<|im_end|>\n<|im_start|>user\n<tool_response>", content,
-                           "</tool_response><|im_end|>\n<|im_start|>assistant\n")
+        return self.tokens(f"<|im_end|>\n<|im_start|>user\n<tool_response>{self.gap}", content,
+                           f"{self.gap}</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+    def chat(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=True)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -93,9 +93,10 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def ends_turn(ids: list[int], policy: Policy) -> bool:
-    """A turn ends with <|im_end|>, </tool_call> or </answer>; a closing tag may be 12 tokens."""
+    """A turn ends with </tool_call>, </answer> (a closing tag may be 12 tokens), <|im_end|>, or
+    what else ends a text of this model (<|endoftext|>, generation_config.json)."""
     said = policy.decode(ids[-12:])
-    return ids[-1] == policy.end_id or "</tool_call>" in said or "</answer>" in said
+    return ids[-1] in policy.end_ids or "</tool_call>" in said or "</answer>" in said
 
 
 def demonstrate() -> None:

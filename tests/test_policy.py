@@ -1,6 +1,8 @@
 """One distribution: log-probabilities do not depend on padding, batch, chunks or shared prompts.
 They, their gradients, the positions and the hidden states are those of independent code."""
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -226,12 +228,68 @@ def test_text_from_outside_cannot_smuggle_special_tokens(policy):
 
 
 def test_prompt_equals_the_chat_template(policy, questions):
-    """The hand-written ChatML is what the tokenizer's own template gives."""
+    """What we build around the image is what the tokenizer's own template gives."""
     content = [{"type": "image"}, {"type": "text", "text": questions[0].prompt}]
     text = policy.tokenizer.apply_chat_template([{"role": "user", "content": content}],
                                                 tokenize=False, add_generation_prompt=True)
     one = Tokens([policy.image_id], [(1, 1)], [torch.zeros(1, 128)])
     assert policy.decode(policy.prompt(one, questions[0].prompt).ids) == text
+
+
+# Of Qwen2.5-VL-Instruct's own template (tokenizer_config.json), the parts without a tool's schema.
+QWEN = """{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' -}}
+{{- '<|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+@pytest.fixture(scope="module")
+def like_qwen(tmp_path_factory) -> Path:
+    """tiny/ with Qwen's template and two ends of a text in generation_config.json."""
+    folder = tmp_path_factory.mktemp("like-qwen")
+    for file in (ROOT / "tiny").iterdir():
+        if file.suffix in (".json", ".safetensors") and file.name != "agent.json":
+            shutil.copy(file, folder)
+    (folder / "chat_template.jinja").write_text(QWEN)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [2, 7]}))
+    return folder
+
+
+def test_an_empty_system_prompt_is_the_templates(like_qwen):
+    model, image = Policy(like_qwen), Tokens([])
+    model.system_prompt = ""
+    assert model.decode(model.prompt(image, "Which?").ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|vision_end|>Which?<|im_end|>\n<|im_start|>assistant\n")
+    model.system_prompt = "Look."
+    said = model.decode(model.prompt(image, "Which? {slot}").ids)
+    assert said.startswith("<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n<|vis")
+    assert said.endswith("Which? {slot}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_tool_response_has_the_line_breaks_of_the_template(policy, like_qwen):
+    qwen = Policy(like_qwen)
+    text = "<tool_response>{0}Error: no{0}</tool_response>"
+    assert text.format("\n") in qwen.decode(qwen.observation("Error: no").ids)
+    assert text.format("") in policy.decode(policy.observation("Error: no").ids)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"},
+             {"role": "tool", "content": "Error: no"}]
+    whole = qwen.chat(turns)
+    assert whole.endswith("ho" + qwen.decode(qwen.observation("Error: no").ids))
+
+
+def test_all_that_ends_a_text_is_known(policy, like_qwen):
+    """<|im_end|> is 2 and <|endoftext|> 0 in tiny/'s tokenizer; 7 is of generation_config.json."""
+    assert policy.end_ids == {0, 2} and Policy(like_qwen).end_ids == {0, 2, 7}
 
 
 def test_embeddings_do_not_depend_on_the_batch(policy, trajectories):

@@ -116,6 +116,13 @@ def test_a_turn_closed_by_the_agent_is_not_closed_twice(policy, questions, scrip
     assert t.turns[0].text == CALL
 
 
+def test_the_end_of_a_text_ends_a_turn_and_is_no_part_of_it(policy, questions, script):
+    """<|endoftext|>, too: a real model may close its turn by it."""
+    script("red<|endoftext|>")
+    t = rollout.collect(policy, questions[:1], temperature=0.)[0]
+    assert t.turns[0].text == "red" and t.end == "no_action" and t.tokens.ids[-1] == 0
+
+
 def test_those_that_have_answered_leave(policy, questions, script):
     """Four rows, then two, then one: each goes on as if it were alone."""
     other = CALL.replace("8, 8", "0, 0")
@@ -175,8 +182,6 @@ def test_a_second_tool_end_to_end(policy, questions, script, monkeypatch):
         assert t.end == "answer" and t.tokens.features[1] is look.crop_tokens.features[0]
 
 
-@pytest.mark.xfail(strict=True, reason="tiny/ answers without a look: the picture is none of its "
-                                       "world's; rollout.demonstrate should draw a world_question")
 def test_the_demonstration(monkeypatch, capsys):
     """The environment's part of the sequence is what it teaches, so there must be one."""
     monkeypatch.chdir(ROOT)

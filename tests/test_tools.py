@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import tools
 from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS,
@@ -414,10 +415,10 @@ def test_time_of_one_turn(turn):
 
 # ---- coordinates and pixels ----------------------------------------------------------------------
 
-SMALL = Resolution(24, 48 * 48, 96 * 96)
+SMALL = Resolution(24, 48 * 48, 14_000, Image.BOX)      # tiny/'s
 LARGE = Resolution(28, 56 * 56, 1280 * 28 * 28)
 SIZES = [(768, 768), (768, 384), (333, 777), (1920, 1080), (50, 50), (83, 28), (4000, 40),
-         (1, 5000), (1, 1), (59, 61), (10_000_000, 1)]
+         (1, 200), (1, 1), (59, 61), (200_000, 1000)]
 
 
 def zoomed(image: Image.Image | np.ndarray, box: tuple, seen: tuple, resolution=SMALL) -> tuple:
@@ -468,66 +469,82 @@ def test_zoom_in_thousandths():
 def test_zoom_pixel_for_pixel():
     """Without any resizing the crop is the original's own pixels, at the edge of the image too."""
     pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
-    free = Resolution(1, 1, 10**9)
+    free = Resolution(1, 1, 4 * 10**9)
     for box in ((10, 20, 50, 60), (0, 0, 120, 80), (116, 76, 120, 80)):
         crop, _ = zoomed(pixels, box, (120, 80), free)
         assert (crop == pixels[box[1]:box[3], box[0]:box[2]]).all()
 
 
-@pytest.mark.parametrize("original", SIZES[:9])
+@pytest.mark.parametrize("original", SIZES[:10])
 def test_zoom_never_empty(original):
     """The smallest boxes that check_box lets through give a crop, even of one original pixel."""
     seen, image = SMALL.size(*original), Image.new("RGB", original, "red")
     corner = (seen[0] - 4, seen[1] - 4, *seen)
     for box in ((0, 0, 4, 4), corner, (7.3, 9.1, 11.3, 13.1), (0, 0, *seen)):
         crop, _ = zoomed(image, check_box(list(box), seen), seen)
-        assert crop[..., 0].size <= SMALL.crop().max_pixels and (crop[0, 0] == (255, 0, 0)).all()
+        assert crop.size and (crop == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("resolution", [SMALL, LARGE, Resolution(1, 1, 64 * 64)], ids=str)
-def test_resolution_bounds(resolution):
-    """Sides are multiples of the factor, areas below the bound, also for extreme images."""
-    rng = np.random.default_rng(0)
-    random_sizes = (2 ** rng.uniform(0, 12, (400, 2))).astype(int).tolist()
+@pytest.mark.parametrize("resolution", [
+    SMALL, LARGE, Resolution(28, 3136, 12_845_056), Resolution(28, 3136, 1_003_520),
+    Resolution(32, 65_536, 16_777_216)], ids=str)
+def test_sizes_are_those_of_smart_resize(resolution):
+    """Qwen's own function, of transformers 5.23, for 500 sizes: small, large, long."""
+    least, most = resolution.min_pixels, resolution.max_pixels
+    random_sizes = (2 ** np.random.default_rng(0).uniform(0, 12, (500, 2))).astype(int).tolist()
     for width, height in [*SIZES, *random_sizes]:
-        w, h = resolution.size(width, height)
-        assert w % resolution.factor == h % resolution.factor == 0 and min(w, h) > 0
-        assert w * h <= resolution.max_pixels, (width, height, w, h)
+        if max(width, height) <= 200 * min(width, height):
+            h, w = smart_resize(height, width, resolution.factor, least, most)
+            assert resolution.size(width, height) == (w, h)
+            assert w % resolution.factor == h % resolution.factor == 0
 
 
-@pytest.mark.parametrize("width, height", [(83, 28), (28, 83), (5, 11), (20, 8), (59, 40),
-                                           (100, 24)])
-def test_resolution_lower_bound(width, height):
-    """Rounding to whole factors must not fall below the least area."""
-    for resolution in (SMALL, LARGE):
-        w, h = resolution.size(width, height)
-        assert resolution.min_pixels <= w * h <= resolution.max_pixels
+def test_sizes_by_hand():
+    """28 x 28 patches: 83 x 30 -> nearest 84 x 28, too small for 3,136 pixels, so both times
+    sqrt(3136 / 2490) = 1.122 and rounded up: 112 x 56."""
+    assert LARGE.size(280, 560) == (280, 560) and LARGE.size(83, 30) == (112, 56)
+    assert SMALL.size(768, 768) == (96, 96) and SMALL.size(768, 384) == (144, 72)
+    for size in ((201, 1), (1, 5000)):
+        with pytest.raises(ValueError, match=f"at most 200:1, found {size[0]} x {size[1]}"):
+            LARGE.size(*size)
 
 
-def test_resolution_keeps_aspect():
-    """With sides of many factors the aspect stays within a few percent; what fits is kept."""
-    for width, height in [(4000, 3000), (1920, 1080), (600, 1800), (3000, 3000)]:
-        w, h = LARGE.size(width, height)
-        assert w / h == pytest.approx(width / height, rel=.06)
-        assert w * h > .85 * min(width * height, LARGE.max_pixels)
-    assert LARGE.size(280, 560) == (280, 560)
-    assert SMALL.size(768, 768) == (96, 96) and SMALL.size(768, 384) == (120, 72)
+def test_square_crops_of_tiny_have_one_size():
+    """2 x 2 placeholders, whatever the square, and if it is nearly one: no rounding halves them."""
+    for side in range(4, 97):
+        assert SMALL.crop().size(8 * side, 8 * side) == (48, 48)
+        if side >= 8:
+            assert SMALL.crop().size(8 * side, 10 * side) == (48, 48)
+
+
+def test_a_crop_that_is_too_long_is_refused():
+    """A box of the right shape in a long image: 390 pixels wide and one high."""
+    seen = LARGE.size(390, 2)
+    assert seen == (784, 28)                 # a box of 784 x 14 is 56:1 here, and 390:1 there
+    image, box = Image.new("RGB", (390, 2)), check_box([0, 0, 784, 14], seen)
+    with pytest.raises(ToolError, match="longer than 200:1"):
+        run_tool(image, zoom("x", box), seen, LARGE)
+    shown, _ = run_tool(image, zoom("x", check_box([0, 0, 784, 28], seen)), seen, LARGE)
+    assert shown.size == LARGE.crop().size(390, 2)
 
 
 def test_crop_costs_a_quarter():
     """A crop's bound is a quarter of the image's, and never below the least the model takes."""
-    assert SMALL.crop() == Resolution(24, 48 * 48, 48 * 48)
+    assert SMALL.crop() == Resolution(24, 48 * 48, 3500, Image.BOX)
     assert Resolution(28, 100, 4000).crop() == Resolution(28, 100, 1000)
     assert Resolution(28, 3000, 4000).crop() == Resolution(28, 3000, 3000)
 
 
 def test_fit():
-    """`fit` gives the size that `size` names; reducing by a whole number is the exact average."""
+    """`fit` gives the size that `size` names, by the filter that is named; BOX is the average."""
     pixels = np.random.default_rng(0).integers(0, 32, (192, 192, 3)).astype(np.uint8) * 8
     pixels = pixels.repeat(4, 0).repeat(4, 1)
     reduced = np.asarray(fit(Image.fromarray(pixels), SMALL)).astype(float)
     exact = pixels.reshape(96, 8, 96, 8, 3).mean((1, 3))
     assert reduced.shape == (96, 96, 3) and abs(reduced - exact).max() <= 1
+    picture = Image.fromarray(pixels)
+    smooth = fit(picture, Resolution(24, 48 * 48, 14_000))
+    assert smooth.tobytes() == picture.resize((96, 96), Image.BICUBIC).tobytes()
     assert fit(Image.new("RGB", (20, 20)), SMALL).size == SMALL.size(20, 20) == (48, 48)
 
 
