@@ -130,7 +130,8 @@ class Critic:
 if __name__ == "__main__":
     mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
     values, reward = torch.tensor([[.4, .4, 0, 0, .7, .9]]), torch.tensor([[0, 0, 0, 0, 0, 1.]])
-    print("agent's tokens", mask.tolist()[0], "\nvalues        ", values.tolist()[0])
+    print("agent's tokens ", mask.tolist()[0])
+    print("values          " + " ".join(f"{value:5.2f}" for value in values.tolist()[0]))
     for gae_lam in (0., .95, 1.):
         advantage = gae(reward, values, mask, gae_lam=gae_lam)[0][0]
         print(f"gae_lam {gae_lam:4}: A = " + " ".join(f"{a:5.2f}" for a in advantage.tolist()))

@@ -66,12 +66,9 @@ class Policy:
         """coordinates: in what the agent gives its boxes. "pixels": of the image that it sees
         (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says.
 
-        Raises what read_config raises."""
+        Raises what read_config and read_model raise."""
         config = read_config(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        # AutoProcessor asks for torchvision, because of video. The two parts that we need do not.
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        self.tokenizer, self.processor, model = read_model(path, dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.language = self.model.model.language_model
 
@@ -298,16 +295,45 @@ class Policy:
 # ---- the parts, in the order in which they are met above
 
 def read_config(path: str | Path):
-    """Of a model directory. A name on the hub is no directory: nothing is downloaded.
+    """Of a model directory. A name on the hub is no directory: nothing is downloaded, and no code
+    that a directory brings is run.
 
     Raises FileNotFoundError for a folder without a model, ValueError for another kind of model."""
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model's folder")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:          # transformers and what it stands on raise many kinds
+        raise ValueError(f"{path}: config.json cannot be used: {error}") from error
     if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
         raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, "
                          f"found {config.model_type}")
     return config
+
+
+def read_model(path: str | Path, dtype: torch.dtype) -> tuple:
+    """Tokenizer, image processor, and the model with all its weights: transformers only logs a
+    weight that is missing or too many, and goes on with random numbers.
+
+    Raises ValueError, with the names of the weights that are wrong."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # AutoProcessor asks for torchvision, because of video. The two parts that we need do not.
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be loaded as a model: {error}") from error
+    wrong = {"missing": found["missing_keys"], "unknown": found["unexpected_keys"],
+             "of another shape": [name for name, *_ in found["mismatched_keys"]],
+             "not finite": [name for name, p in model.named_parameters() if not p.isfinite().all()]}
+    for what, names in wrong.items():
+        if names:
+            named = ", ".join(sorted(names)[:5]) + (", .." if len(names) > 5 else "")
+            raise ValueError(f"{path}: expected all weights of the model and no others, "
+                             f"found {len(names)} {what}: {named}")
+    return tokenizer, processor, model
 
 
 def harmless(text: str) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
@@ -322,6 +323,46 @@ def test_a_directory_that_is_no_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ValueError, match="vision"):
         Policy(tmp_path)
+
+
+WEIGHT, BIAS = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.proj.bias"
+
+
+@pytest.mark.parametrize("name, value, found", [
+    (WEIGHT, None, "1 missing: .*down_proj"), (BIAS, None, "1 missing: .*proj.bias"),
+    ("more", torch.zeros(3), "1 unknown: more"), (WEIGHT, torch.zeros(3, 3), "1 of another shape"),
+    (BIAS, torch.full((96,), torch.nan), "1 not finite: .*proj.bias")])
+def test_a_wrong_weight_is_named(like_qwen, tmp_path, name, value, found):
+    """transformers would go on: with a random layer, without the bias, or to NaN."""
+    folder = shutil.copytree(like_qwen, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = value
+    kept = {key: weight for key, weight in weights.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: expected all weights .* found {found}"):
+        Policy(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json",
+                                  "preprocessor_config.json"])
+def test_a_truncated_file_is_an_error_of_one_line(like_qwen, tmp_path, file):
+    folder = shutil.copytree(like_qwen, tmp_path / "model")
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match=str(folder)):
+        Policy(folder)
+
+
+def test_no_code_of_a_directory_is_run(tmp_path, monkeypatch):
+    """A model type that transformers does not know is an error, not a question on the terminal."""
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="cannot be used"):
+        Policy(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_demonstration(monkeypatch, capsys):
