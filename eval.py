@@ -229,13 +229,13 @@ def final_answer(trajectory: Trajectory, no_tools: bool = False) -> str | None:
     """What is scored when no <answer> was closed. To a benchmark's question it is the whole last
     turn, as the references read it. Without tools it is what follows the thought: a model that
     never learnt to write tags may just say "B". Else it is nothing."""
-    last = trajectory.turns[-1].text
     if trajectory.answer is not None:
         return trajectory.answer
     if trajectory.question.meta:
-        return last
+        return trajectory.turns[-1].text
     if no_tools:
-        return last.rsplit("</think>", 1)[-1].strip().removeprefix("<answer>")
+        rest = trajectory.turns[-1].text.rsplit("</think>", 1)[-1]
+        return rest.strip().removeprefix("<answer>")
     return None
 
 
