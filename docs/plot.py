@@ -1,97 +1,97 @@
-"""Figures of docs/experiments.jsonl, readable without colour. Needs matplotlib (pip install matplotlib), and only here.
+"""The figures of docs/experiments.md, readable without colour, from docs/experiments.jsonl.
 
-Run it:  python docs/plot.py          # docs/curves.png, docs/luck.png, and of the long runs, where there are any, docs/long.png
+It needs matplotlib, which nothing else here does: pip install matplotlib
+
+Run it:  python docs/plot.py          # docs/curves.png and docs/luck.png
 """
-import json
-import sys
+from itertools import accumulate
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments import chosen, differences, interval, parts
+from record import read_runs
+
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))
-from experiments import MAIN, T95, area
-
-STYLES = {"mapo": dict(color="black", lw=2.2), "grpo": dict(color="0.35", ls="--"), "dapo": dict(color="0.35", ls=":"),
-          "gspo": dict(color="0.6", ls="-."), "ppo": dict(color="0.6", marker="o", markevery=8, ms=4)}
-
-
-def mean_half(values: list[float]) -> tuple[float, float]:
-    """Mean and half its 95% interval."""
-    n, mean = len(values), sum(values) / len(values)
-    return mean, T95[n] * (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** .5 if n > 1 else 0.
+STYLES = (dict(color="black", lw=2.2), dict(color="0.35", ls="--"), dict(color="0.35", ls=":"),
+          dict(color="0.6", ls="-."), dict(color="0.6", marker="o", markevery=8, ms=4))
+KEYS = {"accuracy": "accuracy", "hit": "hit", "gap": "gap", "lucky": "lucky",
+        "signal_groups": "groups with signal"}
+WINDOW = 5
 
 
-def smooth(values: list[float], window: int = 5) -> list[float]:
-    """Mean of the last `window` steps."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := [v for v in values[max(0, i - window + 1):i + 1] if v is not None])]
+def smooth(values: list[float | None]) -> list[float]:
+    """The mean of the last WINDOW steps that have a value, at each step."""
+    means = []
+    for end in range(1, len(values) + 1):
+        part = [v for v in values[max(0, end - WINDOW):end] if v is not None]
+        means.append(mean(part) if part else float("nan"))
+    return means
 
 
-def curves(runs: list[dict]) -> None:
-    """Accuracy, hit, gap and lucky answers of the sampled trajectories against steps, and accuracy against time."""
-    keys = ("accuracy", "hit", "gap", "lucky", "signal_groups")
+def over_seeds(runs: list[dict], key: str) -> list[tuple[float, float]]:
+    """At each step the mean over runs, and half its 95% interval."""
+    return [interval(list(values)) for values in zip(*(smooth(run["curves"][key]) for run in runs))]
+
+
+def curves(rows: dict[str, list[dict]]) -> None:
+    """What the sampled trajectories did, against steps; and accuracy against time."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7))
-    for name in list(MAIN)[:5]:
-        style, group = STYLES[name.split(",")[0]], [r for r in runs if r["name"] == name]
-        if not group:
-            continue
-        for axis, key in zip(axes.flat, keys):
-            points = [mean_half(values) for values in zip(*(smooth(r["curves"][key]) for r in group))]
-            axis.plot(range(1, len(points) + 1), [m for m, _ in points], label=f"{name}, {len(group)} seeds", **style)
-            if name == "mapo":
-                axis.fill_between(range(1, len(points) + 1), [m - h for m, h in points], [m + h for m, h in points], color="0.85")
-            axis.set(xlabel="step", title={"signal_groups": "groups with signal"}.get(key, key))
-        points = [mean_half(values)[0] for values in zip(*(smooth(r["curves"]["accuracy"]) for r in group))]
-        seconds, clock = [mean_half(values)[0] for values in zip(*(r["curves"]["seconds"] for r in group))], 0.
-        times = [clock := clock + s for s in seconds]
-        axes.flat[-1].plot(times, points, label=name, **style)
-    axes.flat[-1].set(xlabel="seconds of training, two runs side by side", title="accuracy")
-    axes.flat[0].legend()
-    figure.suptitle("sampled trajectories, mean over seeds and 5 steps; grey: 95% interval of mapo's mean")
-    figure.tight_layout()
-    figure.savefig(DOCS / "curves.png", dpi=80)
+    *panels, clock = axes.flat
+    for (row, runs), style in zip(rows.items(), STYLES):
+        label = f"{row}, {len(runs)} seeds"
+        for axis, (key, title) in zip(panels, KEYS.items()):
+            points = over_seeds(runs, key)
+            steps = range(1, len(points) + 1)
+            axis.plot(steps, [middle for middle, _ in points], label=label, **style)
+            axis.set(xlabel="step", title=title)
+            if row == next(iter(rows)):
+                low = [middle - half for middle, half in points]
+                high = [middle + half for middle, half in points]
+                axis.fill_between(steps, low, high, color="0.85")
+        seconds = zip(*(run["curves"]["seconds"] for run in runs))
+        times = list(accumulate(mean(values) for values in seconds))
+        clock.plot(times, [middle for middle, _ in over_seeds(runs, "accuracy")], **style)
+    clock.set(xlabel="seconds of training, two runs side by side", title="accuracy")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"sampled trajectories, mean over seeds and {WINDOW} steps; grey: 95% interval "
+                    f"of {next(iter(rows))}'s mean")
+    save(figure, "curves.png")
 
 
-def luck(runs: list[dict]) -> None:
-    """MAPO minus GRPO, paired by seed, against the number of options: the fewer, the more often a bluff is right."""
+def luck(group: dict[str, dict[int, dict]]) -> None:
+    """MAPO minus GRPO against the number of options: the fewer, the more often a bluff is right."""
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    for shift, (key, marker) in enumerate((("accuracy", "o"), ("hit", "s"), ("gap", "^"))):
-        for x, options in enumerate(("0", "8", "4", "2")):
-            suffix = "" if options == "4" else f", options {options}"
-            found = {a: {r["seed"]: area(r, key) for r in runs if r["seed"] < 3 and r["name"] == a + suffix} for a in ("mapo", "grpo")}
-            pairs = [found["mapo"][s] - found["grpo"][s] for s in found["mapo"] if s in found["grpo"]]
-            if pairs:
-                mean, half = mean_half(pairs)
-                axis.errorbar(x + .15 * shift, mean, half, marker=marker, color=("black", "0.4", "0.7")[shift], capsize=4,
-                              label=f"{key}, steps 1-20" if x == 0 else None)
+    styles = {"accuracy": ("o", "black"), "hit": ("s", "0.4"), "gap": ("^", "0.7")}
+    names = {"0": "open", "8": "8 options", "4": "4", "2": "2"}
+    for shift, (key, (marker, color)) in enumerate(styles.items()):
+        for x, number in enumerate(names):
+            pairs = [(f"mapo, {number} options", f"grpo, {number} options")]
+            middle, half = interval(differences(group, pairs, key))
+            axis.errorbar(x + .15 * shift, middle, half, marker=marker, color=color, capsize=4,
+                          label=f"{key}, steps 1-20" if x == 0 else None)
     axis.axhline(0, color="black", lw=.6)
-    axis.set(xticks=range(4), xticklabels=["open", "8 options", "4", "2"], ylabel="MAPO - GRPO", title="the edge against luck, 95% intervals")
+    axis.set(xticks=range(len(names)), xticklabels=names.values(), ylabel="MAPO - GRPO",
+             title="the edge against luck, 95% intervals")
     axis.legend(loc="upper center", bbox_to_anchor=(.5, -.08), ncols=3, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(DOCS / "luck.png", dpi=80)
+    save(figure, "luck.png")
 
 
-def long(runs: list[dict]) -> None:
-    """250 steps: does anything collapse?"""
-    windows = {"accuracy": 10, "hit": 10, "gap": 10, "lucky": 10, "calls": 10, "semantic": 10, "entropy": 10, "grad_noise": 50}
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6))
-    for run in runs:
-        algo, _, kind = run["name"].partition(", ")
-        style, label = (STYLES[algo], algo) if kind == "long" else (dict(color="0.6", ls=":", lw=1.5), "mapo, beta 1")
-        for axis, (key, window) in zip(axes.flat, windows.items()):
-            axis.plot(smooth(run["curves"][key], window), label=label, **style)
-            axis.set(xlabel="step", title=key if window == 10 else f"{key}, mean of {window} steps")
-    axes.flat[0].legend()
-    figure.suptitle("250 steps of 8 x 8, seed 0, sampled trajectories, mean of 10 steps")
+def save(figure, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(DOCS / "long.png", dpi=80)
+    figure.savefig(DOCS / name, dpi=80)
 
 
 if __name__ == "__main__":
-    runs = [json.loads(line) for line in (DOCS / "experiments.jsonl").open()]
-    curves(runs)
-    luck(runs)
-    if found := [run for run in runs if run["name"].endswith("long") and run["seed"] == 0]:
-        long(found)
+    runs = read_runs()
+    for part in ("table", "five"):                 # the newer comparison, once it is there
+        _, group = chosen(part, runs)
+        if group:
+            curves({row: list(of_seed.values()) for row, of_seed in list(group.items())[:5]})
+            break
+    _, group = chosen("luck", runs)
+    if group:
+        luck(group)

@@ -1,0 +1,124 @@
+"""Runs of train.py side by side, each recorded in docs/experiments.jsonl as soon as it ends.
+
+A line has the run's options, seed, curves and held-out results, and where it comes from: `start`,
+the weights that it began with, and `code`, the statements that shape a run. So a table can refuse
+to mix two versions, and a killed series goes on where it was. docs/experiments.py uses this.
+"""
+import ast
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
+TRAIN = [sys.executable, "train.py"]
+SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "eval.py",
+                "tiny/world.py", "lib/*.py")
+FIRST_CODE = "of b5b2c7e to 98873e0"      # the commits of the lines that name no code
+CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "entropy",
+          "clip_fraction", "seconds", "sampled")
+Job = tuple[str, list[str], int]          # row of a table, options of train.py, seed
+
+
+# ---- what is there -------------------------------------------------------------------------------
+
+def read_runs() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.open()]
+
+
+def origin(run: dict) -> tuple[str, str]:
+    """(start, code) of a recorded run."""
+    return run["start"], run.get("code", FIRST_CODE)
+
+
+def present() -> tuple[str, str]:
+    """(start, code) of a run that begins now."""
+    start = hashlib.sha256((ROOT / "tiny/model.safetensors").read_bytes()).hexdigest()[:8]
+    files = [path for pattern in SHAPES_A_RUN for path in sorted(ROOT.glob(pattern))]
+    code = "\n".join(statements(path.read_text()) for path in files)
+    return start, hashlib.sha256(code.encode()).hexdigest()[:8]
+
+
+def statements(source: str) -> str:
+    """A program without its comments and docstrings, which may be reworded."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def settings(options: list[str]) -> frozenset:
+    """The options in no order: {("--algo", "grpo"), ..}."""
+    return frozenset(zip(options[::2], options[1::2]))
+
+
+def size(options: list[str]) -> frozenset:
+    """What the time of a run depends on most."""
+    return frozenset(o for o in settings(options) if o[0] in ("--questions", "--steps"))
+
+
+def expected_seconds(jobs: list[Job], runs: list[dict]) -> float:
+    """One after the other, by the median of the recorded runs of each size. Of old runs only the
+    steps were timed: they count where no run was timed as a whole."""
+    total = 0.
+    for _, options, _ in jobs:
+        same = [run for run in runs if size(run["options"]) == size(options)]
+        whole = [run["seconds"] for run in same if "seconds" in run]
+        steps = [sum(run["curves"]["seconds"]) for run in same]
+        total += statistics.median(whole or steps or [0.])
+    return total
+
+
+# ---- what is added -------------------------------------------------------------------------------
+
+def train_all(jobs: list[Job], side_by_side: int) -> None:
+    """Train and record. What is under way when this is stopped is lost, and nothing else."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    pair = present()
+    with ThreadPoolExecutor(side_by_side) as pool:
+        try:
+            for done in as_completed([pool.submit(train, *job, pair) for job in jobs]):
+                print(done.result(), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def train(row: str, options: list[str], seed: int, pair: tuple[str, str]) -> str:
+    """One run, recorded; its folder and its log stay. Raises RuntimeError if it failed."""
+    from lib.checkpoint import choose_folder        # with torch; who draws a page need not wait
+    out = choose_folder(RUNS / f"{row.replace(' ', '')}-{seed}", resume=False)
+    command, log = [*TRAIN, *options, "--seed", str(seed), "--out", str(out)], Path(f"{out}.log")
+    began = time.time()
+    with log.open("w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        raise RuntimeError(f"{row}, seed {seed}: {log} ends {log.read_text()[-300:]!r}")
+    if present() != pair:
+        raise RuntimeError("the start or the code has changed meanwhile: the run is not recorded")
+    run = {"name": row, "seed": seed, "start": pair[0], "code": pair[1], "options": options,
+           "seconds": round(time.time() - began), **numbers(out)}
+    with RESULTS.open("ab", buffering=0) as file:       # one write: a kill tears no line
+        file.write((json.dumps(run) + "\n").encode())
+    return f"{row}, seed {seed}: {run['seconds']} s, {out}"
+
+
+def numbers(out: Path) -> dict:
+    """The results and the curves of a run's folder."""
+    results = json.loads((out / "results.json").read_text(), parse_float=four_decimals)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line, parse_float=four_decimals) for line in lines]
+    return {"results": results, "curves": {name: [s[name] for s in steps] for name in CURVES}}
+
+
+def four_decimals(number: str) -> float:
+    return round(float(number), 4)
