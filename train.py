@@ -324,7 +324,8 @@ def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     if run.critic:
         paid = payments(trajectories, r, s, looked, config.beta, config.lam, config.credit)
         return run.critic.advantages(trajectories, paid, config.micro_tokens)
-    A = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit, row.std)
+    A = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit,
+                        row.std)
     return spread(A, trajectories)
 
 

@@ -9,15 +9,12 @@ gradient of a question's group is linear in the advantages:
 
 Eq. 22: u_it is the gradient of the log-probability of what trajectory i wrote in turn t; C_it is
 its advantage times its weight. Each u is computed once, and every algorithm is a sum.
-Eq. 23: G is the mean of g over all possible questions. docs/probe.md says why this is its length.
+Eq. 23: G is the mean of g over all possible questions. Only products are asked for, so a u of
+860,000 numbers is kept as a sketch of 8,192. docs/probe.md explains both, and has the numbers.
 
-Only inner products are asked for, so a u of 860,000 numbers is sketched. A count sketch (Charikar,
-Chen, Farach-Colton 2002) gives each coordinate a random sign and adds it to one of 8,192 random
-buckets. It is linear, and products stay right on average.
-
-Run it:  python docs/probe.py --models tiny runs/mapo --options 4 2 8 0     # docs/probe.md
-         python docs/probe.py --tokens looks --out runs/looks               # looks only; 80 s
-         python docs/probe.py --table               # only the page, from docs/probe.jsonl
+Run it:  python docs/probe.py --models tiny runs/mapo --options 4 2 8 0     # 12 minutes
+         python docs/probe.py --tokens looks --out runs/looks.jsonl    # looks only
+         python docs/probe.py --table                # the page again, from docs/probe.jsonl
 """
 import argparse
 import itertools
@@ -54,13 +51,15 @@ ROWS |= {f"mapo, credit {credit}": ("mapo", .4, credit) for credit in ("look", "
 ROWS |= {name: (name, 0., "trajectory") for name in ("dr_grpo", "dapo", "gspo")}
 ROWS |= {"ppo, critic 0": ("ppo", 0., "trajectory"), ORACLE: ("grpo", 0., "trajectory")}
 WIDTH, RESAMPLES, GROUP, TURNS = 8192, 400, Config.group, Config.max_turns
-PAGE, MEASURED = ROOT / "docs/probe.md", "## What was measured"
+PAGE, NUMBERS = ROOT / "docs/probe.md", ROOT / "docs/probe.jsonl"
+MEASURED = "## What was measured"              # the part of the page that is made
 
 
 # ---- eq. 22: gradients ---------------------------------------------------------------------------
 
 def count_sketch(dimension: int, width: int = WIDTH, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """A linear map (dimension,) -> (width,); |x|^2 is off by sqrt(2 / width) of itself."""
+    """A linear map (dimension,) -> (width,) that keeps products on average (Charikar, Chen,
+    Farach-Colton 2002). |x|^2 is off by a share of sqrt(2 / width)."""
     g = torch.Generator().manual_seed(seed)
     bucket = torch.randint(0, width, (dimension,), generator=g)
     sign = torch.randint(0, 2, (dimension,), generator=g) * 2. - 1
@@ -96,6 +95,11 @@ def score_vectors(policy: Policy, trajectories: list[Trajectory], tokens: str = 
     return u
 
 
+def paid_for_hits(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The same, but the answer is right exactly where the looks showed all the evidence."""
+    return [replace(t, answer=t.question.answer if grounded(t) else None) for t in trajectories]
+
+
 def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple[Tensor, Tensor]:
     """C of eq. 22 (N, TURNS + 1), by the code that trains, and which questions are kept (n,).
 
@@ -103,9 +107,8 @@ def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple
     count of tokens, PPO's mean and deviation, counts as constant."""
     algo, beta, credit = ROWS[name]
     row, config = mapo.ALGORITHMS[algo], Config(algo=algo, beta=beta, credit=credit, group=group)
-    if name == ORACLE:                         # right exactly where there was a hit
-        trajectories = [replace(t, answer=t.question.answer if grounded(t) else None)
-                        for t in trajectories]
+    if name == ORACLE:
+        trajectories = paid_for_hits(trajectories)
     kept = signal_of(trajectories, config) | (row.max_draws == 1)                   # (n,)
     C = torch.zeros(len(trajectories), TURNS + 1)
     if row.critic:
@@ -127,17 +130,13 @@ def resamples(n: int, count: int = RESAMPLES) -> Tensor:
     return torch.cat([torch.ones(1, n), torch.nn.functional.one_hot(drawn, n).sum(1)])
 
 
-def pairs_mean(K: Tensor, W: Tensor) -> Tensor:
-    """Mean (B,) of products K (n, n) over pairs of different questions. A question drawn twice is
-    no pair of its own."""
+def signal_noise(K: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal |G|^2 and noise tr Cov(g), each (B,), from K_qq' = <g_q, g_q'>.
+
+    A question drawn twice is no pair of its own."""
     off = K - K.diag().diag()
-    return ((W @ off) * W).sum(1) / (W.sum(1) ** 2 - W.square().sum(1))
-
-
-def snr_of(K: Tensor, W: Tensor) -> Tensor:
-    """SNR (B,), from K_qq' = <g_q, g_q'>."""
-    signal = pairs_mean(K, W)
-    return signal / (W @ K.diag() / W.sum(1) - signal)
+    signal = ((W @ off) * W).sum(1) / (W.sum(1) ** 2 - W.square().sum(1))
+    return signal, W @ K.diag() / W.sum(1) - signal
 
 
 def interval(values: Tensor) -> list[float | None]:
@@ -169,7 +168,8 @@ def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor, group: int) ->
     for name in ROWS:
         C, kept = coefficients(trajectories, name, group)
         g = torch.bmm(C.view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]                 # eq. 22
-        snr[name] = snr_of(g @ g.T, W * kept)
+        signal, noise = signal_noise(g @ g.T, W * kept)
+        snr[name] = signal / noise
     return snr
 
 
@@ -188,12 +188,10 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int, tokens: str) -> 
     rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
             for name, x in snr.items()}
     base = snr["grpo"].clamp(min=0)            # a ratio to what may be 0 says nothing
-    looking = {"p": z.mean().item(), "eps": 1 - (z @ r / z.sum().clamp(min=1)).item(),
-               "rho": ((1 - z) @ r / (1 - z).sum().clamp(min=1)).item()}            # the luck
     predicted = {"snr": [interval(model.snr(beta)) for beta in BETAS],
                  "gain": interval(model.snr(.4) / model.snr(0.))}
-    return {"trajectories": measure(trajectories), "looking": looking, "rows": rows,
-            "theory": {"within": predicted}, "gain": interval(snr["mapo, beta 0.4"] / base)}
+    return {"trajectories": measure(trajectories), "rows": rows, "theory": {"within": predicted},
+            "gain": interval(snr["mapo, beta 0.4"] / base)}
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -215,20 +213,25 @@ def table(title: str, records: list[dict], rows: dict[str, list[str]]) -> list[s
 
 def page(records: list[dict]) -> str:
     """docs/probe.md: the text that stands there, and then the tables."""
-    text, made = PAGE.read_text().split(MEASURED)[0], records[0]
+    return PAGE.read_text().split(MEASURED)[0] + tables(records)
+
+
+def tables(records: list[dict]) -> str:
+    made = records[0]
     names = [name for name in ROWS if all(name in x["rows"] for x in records)]
-    missing = ", ".join(name for name in ROWS if name not in names) or "none"
+    missing = "; ".join(name for name in ROWS if name not in names) or "none"
     snr, more = {}, {}
     for name in names:
         snr[name] = [cell(x["rows"][name]["snr"], 1, 1000) for x in records]
         more[name] = [cell(x["rows"][name]["snr - grpo"], 1, 1000, "+") for x in records]
-    ratios = {"P(right, no hit)": [f"{x['looking']['rho']:.2f}" for x in records],
-              "by eq. 15": [cell(x["theory"]["within"]["gain"], 2) for x in records],
+    ratios = {"by eq. 15": [cell(x["theory"]["within"]["gain"], 2) for x in records],
               "of the gradient": [cell(x["gain"], 2) for x in records]}
+    for key in ("accuracy", "hit"):
+        ratios[f"{key} of the rollouts"] = [f"{x['trajectories'][key]:.2f}" for x in records]
     commit, tokens = made.get("commit", "98873e0"), made.get("tokens", "all")
-    lines = [f"{text}{MEASURED}", "", f"    {made['command']}", "",
-             f"Code of commit {commit}. {made['questions']} questions a column, {GROUP} trajectories "
-             f"each. Tokens that count: {tokens}.", f"Rows not measured yet: {missing}."]
+    lines = [MEASURED, "", f"    {made['command']}", "",
+             f"{made['questions']} questions a column, {GROUP} trajectories each, with the code of "
+             f"commit {commit}.", f"Tokens that count: {tokens}. Not measured yet: {missing}."]
     lines += table("SNR of one question, times 1000:", records, snr)
     lines += table("The same, minus GRPO's, paired:", records, more)
     lines += table("SNR at beta .4 over SNR at beta 0:", records, ratios)
@@ -242,12 +245,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--options", type=int, nargs="+", default=[4], help="the world's luck")
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--tokens", default="all", choices=("all", "looks", "answers"))
-    parser.add_argument("--out", default=PAGE.with_suffix(""), help="writes .jsonl and .md")
+    parser.add_argument("--out", type=Path, default=NUMBERS, help="what is measured; the default "
+                        "makes docs/probe.md, too")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)                   # small tensors
-    file, lines = Path(f"{args.out}.jsonl"), []
+    lines = []
     if not args.table:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         git = ["git", "describe", "--always", "--dirty"]
         about = {"command": " ".join(["python docs/probe.py", *(arguments or sys.argv[1:])]),
                  "commit": subprocess.check_output(git, cwd=ROOT, text=True).strip(),
@@ -258,10 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
             found = probe(Policy(newest(model)), scorer, options, args.questions, args.tokens)
             line = about | {"when": when, "model": model, "options": options} | found
             lines.append(json.dumps(line, allow_nan=False) + "\n")
-            file.write_text("".join(lines))
-    text = page([json.loads(line) for line in file.open()])
-    Path(f"{args.out}.md").write_text(text)
-    print(text)
+            args.out.write_text("".join(lines))
+    records = [json.loads(line) for line in args.out.open()]
+    if args.out == NUMBERS:
+        PAGE.write_text(page(records))
+    print(tables(records))
 
 
 if __name__ == "__main__":

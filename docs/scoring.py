@@ -26,23 +26,23 @@ MME = Question(VSTAR.text, "B", None, (*COLOURS, "The image does not feature the
 
 ANSWERS = (
     # a letter
-    "B", "b", " B ", "(B)", "(b)", "B.", "B)", "B:", "B,", "B;", "B!", "B?", "[B]", "{B}", "**B**",
-    "`B`", '"B"', "'B'", "<B>", "$B$", "\\boxed{B}", "Ｂ", "B/", "BB", "B B", "E", "F", "Z",
+    "B", "b", " B ", "(B)", "(b)", "B.", "B)", "B:", "B,", "B?", "[B]", "{B}", "**B**",
+    "`B`", '"B"', "<B>", "\\boxed{B}", "Ｂ", "B/", "B B", "E", "F", "Z",
     # a letter and a text
     "B. green", "(B) green", "B) Green", "B: green", "B green", "B - green", "B-green",
     "green (B)", "B. red", "B. The collar is green.", "B\nThe collar is green.",
     "**B.** The dog's collar is green.", "B, because the collar that the dog wears is green.",
     # a text
-    "green", "Green", "GREEN", " green. ", "It is green.", "The collar is green.", "greenish",
-    "dark green", "gre", "e", "not green", "green or red", "neither red nor green", "blue",
+    "green", "Green", "GREEN", " green. ", "It is green.", "The collar is green.", "dark green",
+    "gre", "e", "not green", "green or red", "neither red nor green", "blue",
     "The dog in the middle of the picture wears a collar that is green.",
     "the dog wears a green one",
     # a sentence about it
     "The answer is B", "The answer is B.", "The answer is (B).", "the answer is B",
     "the answer is b", "The answer: B", "The answer is green", "The best answer is B",
-    "The correct answer is B.", "The best option is B", "The correct option is (B).",
-    "Best answer: B", "Best option: (B)", "Answer: B", "answer: B", "ANSWER: B", "Answer: green",
-    "Option B", "option B", "Option B is correct.", "Choice B", "It is B.", "I think it is B",
+    "The correct answer is B.", "The correct option is (B).",
+    "Best option: (B)", "Answer: B", "answer: B", "Answer: green",
+    "option B", "Option B is correct.", "It is B.", "I think it is B",
     "My choice is B because I see a green collar there.", "Because the collar is green: B",
     # several letters
     "A or B", "A, B", "B, not A", "Not A but B", "A green collar", "It is a collar. A green one",

@@ -1,4 +1,5 @@
-"""docs/extending.md: each of its changes is applied to a copy of the files, and does what it says."""
+"""docs/extending.md: each of its changes is applied to a copy of the files, and does what
+it says."""
 import importlib.util
 import json
 import re
@@ -79,7 +80,7 @@ def test_every_block_is_tried(copies):
 # ---- the algorithm -------------------------------------------------------------------------------
 
 def test_rloo_by_hand(load, capsys):
-    """One right answer of four: 1 - 0, and 0 - 1/3. And for any returns: R less the others' mean."""
+    """One right answer of four: 1 - 0, and 0 - 1/3. For any returns: R less the others' mean."""
     mapo = load("mapo")
     none = torch.zeros(4, 1)
     r = torch.tensor([1., 0, 0, 0])
@@ -140,7 +141,8 @@ def test_rotate_is_read_and_refused(load):
     changed = load("tools")
     call = changed.parse(ROTATE, (96, 96))
     assert (call.tool, call.label, call.arguments) == ("rotate", "the red circle", {"angle": 90})
-    hostile = {'"angle": 45': "bad_angle", '"angle": true': "bad_angle", '"angle": [90]': "bad_angle",
+    hostile = {'"angle": 45': "bad_angle", '"angle": true': "bad_angle",
+               '"angle": [90]': "bad_angle",
                '"angle": "90"': "bad_angle", '"angle": 1e999': "bad_angle",
                '"bbox_2d": [0, 0, 9, 9]': "bad_arguments", '"angle": 90, "x": 1': "bad_arguments"}
     for arguments, kind in hostile.items():
