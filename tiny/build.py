@@ -14,19 +14,19 @@ each from the weights of the one before:
 
 The result talks well and looks badly, although it could look well. That is what MAPO is for.
 
-About "CLIP-free": the semantic score needs no CLIP model at run time. But the encoder of tiny/ was
-*trained with CLIP's loss* (`contrast`), for the objects of this world. A real Qwen was not, and how
-well it serves as the encoder is not measured.
+The semantic score needs no CLIP model. But the encoder of tiny/ is *trained here with CLIP's loss*
+(`contrast`), for the objects of this world. A real Qwen is not (reward.py).
 
 Run it:  python -m tiny.build        # 20 minutes on two cores: runs/tiny, and each stage beside it
 """
 import argparse
 import functools
-import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lib.batches import pad
 from lib.data import Box, Question, holds, shows
 from lib.policy import Policy, Tokens
 from lib.shard import ShardedAdamW, agree, launch, rank, ranks, setup
@@ -51,6 +51,7 @@ LIST_PROMPT = "Where is each object?"
 
 Sample = tuple[Tokens, list[bool]]  # a conversation, and which of its tokens are learnt
 Turn = tuple[str, Box | None]       # what the demonstrator writes, and the box that it looks at
+Pair = tuple[Tokens, str, bool]     # a crop, a label, and whether the crop holds what it names
 
 
 # ---- the empty model -----------------------------------------------------------------------------
@@ -74,8 +75,7 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, min_frequency=20, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    numbers = [str(n) for n in range(SIDE + 1)] * 50
-    tokenizer.train_from_iterator(corpus + numbers, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in SCAFFOLD])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
                                    pad_token="<|endoftext|>",
@@ -85,31 +85,29 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 def tokenizer_corpus(seed: int) -> list[str]:
     """All that is said in this world, without the scaffold: that has tokens of its own."""
     rng = np.random.default_rng(seed)
-    fixed = [LIST_PROMPT, "Summary above image in one word:", "Summary above sentence in one word:",
-             "system user assistant Error no"]
-    corpus = []
+    corpus = [LIST_PROMPT, "Summary above image in one word:",
+              "Summary above sentence in one word:", "system user assistant Error no"] * 1500
     for i in range(1500):
-        options = i % 9 if i % 9 != 1 else 4
+        options = [0, 4, 2, 3, 4, 5, 6, 7, 8][i % 9]
         question = world_question(World(options=options), seed, "cold", i)
-        said = [text for text, _ in demonstrate(question, rng, noise=0.)]
-        corpus += [question.prompt, *fixed, *said]
+        corpus.append(question.prompt)
+        corpus += [text for text, _ in demonstrate(question, rng, noise=0.)]
     for piece in SCAFFOLD:
         corpus = [text.replace(piece, "\n") for text in corpus]
-    return corpus
+    return corpus + [str(n) for n in range(SIDE + 1)] * 50
 
 
 def build_model(folder: str, seed: int) -> None:
     """Write a model directory with random weights. The architecture (Qwen2.5-VL, 1.4M parameters)
-    and the sizes of images stand in config.json and preprocessor_config.json beside this file."""
+    and the sizes of images stand in the .json files beside this one."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(tokenizer_corpus(seed))
     config = AutoConfig.from_pretrained(HERE)
     config.text_config.vocab_size = len(tokenizer)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil.from_pretrained(HERE).save_pretrained(folder)
-    agent = {"coordinates": "pixels", "system_prompt": ""}  # the cold start teaches the format
-    Path(folder, "agent.json").write_text(json.dumps(agent))
+    for name in ("preprocessor_config.json", "agent.json"):
+        shutil.copy(HERE / name, folder)
 
 
 # ---- the demonstrator ----------------------------------------------------------------------------
@@ -143,6 +141,15 @@ def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0.,
     return [*turns, (answer, None)]
 
 
+def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
+    """The next mark, unseen: what some option says that agrees with the marks given so far."""
+    options = [option.split(" and ") for option in question.choices]
+    if not options:
+        options = [[*marks, mark] for mark in MARKS]
+    fitting = [option[len(marks)] for option in options if option[:len(marks)] == marks]
+    return str(rng.choice(fitting))
+
+
 def around(plate: Box, side: int, rng: np.random.Generator, beside: bool = False,
            noise: float = 0.) -> tuple[int, ...]:
     """A box of `side` around an object, in pixels of the overview.
@@ -155,7 +162,12 @@ def around(plate: Box, side: int, rng: np.random.Generator, beside: bool = False
     if rng.random() < noise:
         x += 2 * int(rng.integers(-2, 3))
         y += 2 * int(rng.integers(-2, 3))
-    left, top = inside(x - side // 2, side), inside(y - side // 2, side)
+    return square(x - side // 2, y - side // 2, side)
+
+
+def square(left: int, top: int, side: int) -> tuple[int, ...]:
+    """The square that begins there, moved back into the overview."""
+    left, top = min(max(left, 0), SIDE - side), min(max(top, 0), SIDE - side)
     return left, top, left + side, top + side
 
 
@@ -164,23 +176,9 @@ def centre(plate: Box) -> tuple[int, int]:
     return (plate[0] + plate[2]) // (2 * BLOCK), (plate[1] + plate[3]) // (2 * BLOCK)
 
 
-def inside(start: int, side: int) -> int:
-    """The nearest start of a span of `side` that does not leave the overview."""
-    return min(max(start, 0), SIDE - side)
-
-
 def in_original(box: Box) -> Box:
     """A box in pixels of the overview -> in pixels of the original."""
     return tuple(BLOCK * v for v in box)
-
-
-def made_up(question: Question, marks: list[str], rng: np.random.Generator) -> str:
-    """The next mark, unseen: what some option says that agrees with the marks given so far."""
-    options = [option.split(" and ") for option in question.choices]
-    if not options:
-        options = [[*marks, mark] for mark in MARKS]
-    fitting = [option[len(marks)] for option in options if option[:len(marks)] == marks]
-    return str(rng.choice(fitting))
 
 
 # ---- scenes -> what is learnt --------------------------------------------------------------------
@@ -206,6 +204,10 @@ class Source:
         """What the zoom tool returns, without drawing the whole canvas."""
         return fit(question.open(region=in_original(box)), self.policy.resolution.crop())
 
+    def pick(self, question: Question) -> str:
+        """The name of one of its objects."""
+        return str(self.rng.choice(list(question.objects)))
+
     def nearby(self, question: Question, name: str, reach: float = .25) -> Box:
         """A box near the object, off by up to `reach` of its side: a small reach shows it."""
         sides = [16, 8, 8, 12] if question.category == "coarse_to_fine" else [16, 16, 20]
@@ -213,8 +215,7 @@ class Source:
         x, y = around(question.objects[name], side, self.rng)[:2]
         far = int(reach * side)
         right, down = self.rng.integers(-far, far + 1, 2).tolist()
-        x, y = inside(x + right, side), inside(y + down, side)
-        return x, y, x + side, y + side
+        return square(x + right, y + down, side)
 
     def listings(self, count: int) -> list[Sample]:
         """An image, and the boxes of its objects in random order; only the boxes are learnt."""
@@ -244,14 +245,13 @@ class Source:
                 samples.append(joined([(prompt, False), (self.policy.tokens(said), True)]))
         return samples
 
-    def demonstrations(self, count: int, gap: float
-                       ) -> tuple[list[Sample], list[tuple[Tokens, str, bool]]]:
+    def demonstrations(self, count: int, gap: float) -> tuple[list[Sample], list[Pair]]:
         """Demonstrations, and pairs for `contrast`, two a scene."""
         samples, pairs = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
             turns = demonstrate(question, self.rng, gap)
-            name = str(self.rng.choice(list(question.objects)))
+            name = self.pick(question)
             near = [self.nearby(question, name), self.nearby(question, name, reach=1.25)]
             boxes = [box for _, box in turns if box] + near
             images = [self.overview(question)] + [self.crop(question, box) for box in boxes]
@@ -283,30 +283,22 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float)
     """The vision tower. Colours, shapes and marks are read off its output by the *word embeddings*
     of their names: so what the eye reports and what a question says meet in one space. Places are
     read off by two heads, which are then thrown away."""
-    visual = policy.model.model.visual
-    words = {}
-    classes = {"colour": [*COLOURS, "no"], "shape": [*SHAPES, "no"], "mark": MARKS}
-    for what, values in classes.items():
-        ids = [policy.tokens(f" {value}").ids[-1] for value in values]
-        words[what] = policy.language.embed_tokens.weight[ids].detach().T           # (D, values)
-    heads = nn.ModuleDict({"x": nn.Linear(128, 48), "y": nn.Linear(128, 48)})  # 2 pixels a class
-
-    def features(images):
-        inputs = policy.processor(images=images, do_resize=False, return_tensors="pt")
-        output = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-        return output.pooler_output                                                 # (tokens, D)
+    encode = functools.partial(policy.encode_images.__wrapped__, policy)  # with gradients
+    colours, shapes = words(policy, [*COLOURS, "no"]), words(policy, [*SHAPES, "no"])
+    marks = words(policy, MARKS)
+    read_x, read_y = nn.Linear(128, 48), nn.Linear(128, 48)               # 2 pixels a class
 
     def next_loss():
         overviews, cells, crops, goals = see_batch(source, batch)
-        cell = features(overviews)                                             # (16 batch, D)
-        crop = features(crops).unflatten(0, (len(crops), -1)).mean(1)           # (2 batch, D)
-        read = {"colour": (cell @ words["colour"], cells[:, 0]),
-                "shape": (cell @ words["shape"], cells[:, 1]),
-                "x": (heads["x"](cell), cells[:, 2]),
-                "y": (heads["y"](cell), cells[:, 3]),
-                "crop_colour": (crop @ words["colour"], goals[:, 0]),
-                "crop_shape": (crop @ words["shape"], goals[:, 1]),
-                "mark": (crop @ words["mark"], goals[:, 2])}
+        cell = torch.cat([image.features[0] for image in encode(overviews)])     # (16 batch, D)
+        crop = torch.stack([image.features[0].mean(0) for image in encode(crops)])  # (2 batch, D)
+        read = {"colour": (cell @ colours, cells[:, 0]),
+                "shape": (cell @ shapes, cells[:, 1]),
+                "x": (read_x(cell), cells[:, 2]),
+                "y": (read_y(cell), cells[:, 3]),
+                "crop_colour": (crop @ colours, goals[:, 0]),
+                "crop_shape": (crop @ shapes, goals[:, 1]),
+                "mark": (crop @ marks, goals[:, 2])}
         loss, report = 0., {}
         for what, (logits, target) in read.items():
             loss = loss + F.cross_entropy(logits, target, ignore_index=-1)
@@ -314,7 +306,14 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float)
             report[what] = right[target >= 0].float().mean().item()
         return loss, {"loss": loss.item()} | report
 
-    optimise([*visual.parameters(), *heads.parameters()], next_loss, steps, lr)
+    vision = policy.model.model.visual.parameters()
+    optimise([*vision, *read_x.parameters(), *read_y.parameters()], next_loss, steps, lr)
+
+
+def words(policy: Policy, names: list[str]) -> Tensor:
+    """The embeddings of words, (D, names): they stay as they are."""
+    ids = [policy.tokens(f" {name}").ids[-1] for name in names]
+    return policy.language.embed_tokens.weight[ids].detach().T
 
 
 def see_batch(source: Source, count: int) -> tuple[list, Tensor, list, Tensor]:
@@ -332,12 +331,11 @@ def see_batch(source: Source, count: int) -> tuple[list, Tensor, list, Tensor]:
             grid[y // CELL * GRID + x // CELL] = [*kind(name), x // 2, y // 2]
         cells += grid
         for _ in range(2):
-            name = str(source.rng.choice(list(question.objects)))
+            name = source.pick(question)
             box = source.nearby(question, name)
             readable = shows(in_original(box), question.objects[name])
             crops.append(source.crop(question, box))
-            mark = MARKS.index(question.marks[name]) if readable else -1
-            goals.append([*kind(name), mark])
+            goals.append([*kind(name), MARKS.index(question.marks[name]) if readable else -1])
     return overviews, torch.tensor(cells), crops, torch.tensor(goals)
 
 
@@ -359,8 +357,8 @@ def stage_aim(policy: Policy, source: Source, steps: int, batch: int, lr: float)
     optimise(list(policy.language.parameters()), next_loss, steps, lr)
 
 
-def stage_act(policy: Policy, source: Source, steps: int, batch: int, lr: float, gap: float
-              ) -> None:
+def stage_act(policy: Policy, source: Source, steps: int, batch: int, lr: float,
+              gap: float) -> None:
     """The language model: demonstrations with a gap, and beside them labels, crops and guesses."""
 
     def next_loss():
@@ -377,36 +375,32 @@ def stage_act(policy: Policy, source: Source, steps: int, batch: int, lr: float,
 
 def imitate(policy: Policy, samples: list[Sample]) -> tuple[Tensor, float]:
     """Mean cross-entropy of the tokens that are learnt, and the share predicted exactly."""
-    batch = [tokens for tokens, _ in samples]
-    masks = [mask for _, mask in samples]
-    states, _ = policy.own_states(batch, masks)                                        # (n, D)
-    logits = policy.model.lm_head(states)                                              # (n, V)
-    targets = []
-    for tokens, mask in samples:
-        targets += [token for token, learnt in zip(tokens.ids, mask) if learnt]
-    targets = torch.tensor(targets)                                                    # (n,)
+    batch, masks = [tokens for tokens, _ in samples], [mask for _, mask in samples]
+    states, learnt = policy.own_states(batch, masks)                        # (n, D), (B, L - 1)
+    logits = policy.model.lm_head(states)                                   # (n, V)
+    targets = pad([tokens.ids for tokens in batch], 0)[learnt]              # (n,)
     exact = (logits.argmax(-1) == targets).float().mean().item()
     return F.cross_entropy(logits, targets), exact
 
 
-def contrast(policy: Policy, pairs: list[tuple[Tokens, str, bool]]) -> tuple[Tensor, float]:
+def contrast(policy: Policy, pairs: list[Pair]) -> tuple[Tensor, float]:
     """CLIP's loss (InfoNCE, arXiv 2103.00020, fig. 3) on the language model's own summaries of
     labels and crops, and how often a label finds its crop.
 
-    pairs: (crop, label, does the crop hold the label's object?). A crop that does not is a negative
-    for every label, the hardest for its own."""
-    embed = functools.partial(policy.embed.__wrapped__, policy)  # with gradients
-    labels = [label for _, label, _ in pairs]
-    names = sorted(set(labels))                                  # each is encoded once
-    which = torch.tensor([names.index(label) for label in labels])
-    crops = embed([crop for crop, _, _ in pairs])                                      # (n, D)
-    logits = embed(names)[which] @ crops.T / .07                             # (n labels, n crops)
-    good = torch.tensor([good for _, _, good in pairs])                                # (n,)
-    others_of_label = (which == which[:, None]).fill_diagonal_(False)                  # (n, n)
+    A crop that does not hold its label's object is a negative for every label, the hardest for its
+    own."""
+    embed = functools.partial(policy.embed.__wrapped__, policy)             # with gradients
+    crops, labels, good = zip(*pairs)
+    names = sorted(set(labels))                                             # each is encoded once
+    which = torch.tensor([names.index(label) for label in labels])          # (n,)
+    good = torch.tensor(good)                                               # (n,)
+    crops = embed(list(crops))                                              # (n, D)
+    logits = embed(names)[which] @ crops.T / .07                            # (n labels, n crops)
+    alike = (which == which[:, None]).fill_diagonal_(False)                 # the same label again
     # A label seeks its crop. Another good crop of the same label would be as right: left out.
-    to_crop = logits.masked_fill(others_of_label & good, -torch.inf)[good]
+    to_crop = logits.masked_fill(alike & good, -torch.inf)[good]
     # A crop seeks its label. The same label once more would be as right: left out.
-    to_label = logits.T.masked_fill(others_of_label, -torch.inf)[good]
+    to_label = logits.T.masked_fill(alike, -torch.inf)[good]
     target = torch.arange(len(pairs))[good]
     loss = (F.cross_entropy(to_crop, target) + F.cross_entropy(to_label, target)) / 2
     return loss, (to_crop.argmax(1) == target).float().mean().item()
@@ -429,10 +423,8 @@ def optimise(parameters: list[Tensor], next_loss: Callable, steps: int, lr: floa
         optimiser.step(lr * warm_up * (.02 + .98 * cosine))
         reports.append(report)
         if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
-            text = f"{step + 1:5}/{steps} {time.time() - start:5.0f} s"
-            for key in report:
-                text += f"  {key} {sum(r[key] for r in reports) / len(reports):.3f}"
-            log(text)
+            means = [f"{key} {fmean(r[key] for r in reports):.3f}" for key in report]
+            log("  ".join([f"{step + 1:5}/{steps} {time.time() - start:5.0f} s", *means]))
             reports = []
     optimiser.close()
 
@@ -442,10 +434,10 @@ def log(text: str) -> None:
         print(text, flush=True)
 
 
-STAGES = {"see": (stage_see, dict(steps=500, batch=24, lr=2e-3)),  # batch: scenes of one process
-          "aim": (stage_aim, dict(steps=1500, batch=12, lr=2e-3)),
-          "act": (stage_act, dict(steps=420, batch=24, lr=1.5e-3, gap=0.)),
-          "habit": (stage_act, dict(steps=400, batch=24, lr=1e-3, gap=.6))}
+STAGES = {"see": (stage_see, 500, dict(batch=24, lr=2e-3)),  # batch: scenes of one process
+          "aim": (stage_aim, 1500, dict(batch=12, lr=2e-3)),
+          "act": (stage_act, 420, dict(batch=24, lr=1.5e-3, gap=0.)),
+          "habit": (stage_act, 400, dict(batch=24, lr=1e-3, gap=.6))}
 
 
 def build(out: str, seed: int, scale: float) -> None:
@@ -457,10 +449,10 @@ def build(out: str, seed: int, scale: float) -> None:
     policy = Policy(f"{out}-empty")
     count = sum(p.numel() for p in policy.model.parameters())
     log(f"{count:,} parameters, {len(policy.tokenizer)} tokens")
-    for number, (name, (stage, settings)) in enumerate(STAGES.items()):
+    for number, (name, (stage, steps, settings)) in enumerate(STAGES.items()):
         log(name)
-        steps = max(int(settings["steps"] * scale), 2)
-        stage(policy, Source(policy, seed * 100 + number), **(settings | {"steps": steps}))
+        source = Source(policy, seed * 100 + number)
+        stage(policy, source, max(int(steps * scale), 2), **settings)
         if rank() == 0:
             policy.save(out if name == "habit" else f"{out}-{name}")
 
