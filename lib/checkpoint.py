@@ -5,13 +5,15 @@
                                      directory, and beside it what `--resume` needs
 
 What it teaches: a run can be killed at any moment. A checkpoint is written aside, and gets its name
-when it is complete; only then does the older one go. What a run needs to go on *bit for bit*: the
-weights in float32 (the optimiser's masters), Adam's moments, and the state of every random stream.
+when it is complete and on the disk; only then does the older one go. What a run needs to go on
+*bit for bit*: the weights in float32 (the optimiser's masters), Adam's moments, and the state of
+every random stream.
 
 Run it:  python -m lib.checkpoint runs/mapo        # what a run's folder holds
 """
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -33,7 +35,7 @@ def numbered(folder: Path) -> list[Path]:
     """The folder and those named after it, folder-2, folder-3, .., in this order."""
     pattern = re.compile(re.escape(folder.name) + r"-(\d+)")
     later = {}
-    for path in folder.parent.glob(f"{folder.name}-*"):
+    for path in folder.parent.glob("*"):
         if match := pattern.fullmatch(path.name):
             later[int(match[1])] = path
     return [folder, *(later[number] for number in sorted(later))]
@@ -92,7 +94,9 @@ def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
     with shard.together():
         if shard.rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
+            os.sync()               # a power cut must find the content ..
             aside.rename(final)
+            os.sync()               # .. and its name, before the older one goes
             for old in checkpoints(folder):
                 if old != final:
                     shutil.rmtree(old)
@@ -133,11 +137,14 @@ def append(file: Path, records: list[dict]) -> None:
 
 
 def keep_lines(file: Path, steps: int) -> None:
-    """Drop the lines written after the checkpoint of `steps` steps, from which a run goes on."""
+    """Drop the lines written after the checkpoint of `steps` steps, from which a run goes on. They
+    are written aside first: a kill must not lose those that stay."""
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if step_of(line) <= steps]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside = file.with_name(f"{file.name}.saving")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(file)
 
 
 def step_of(line: str) -> float:

@@ -72,7 +72,7 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
 
 
 def cleanup() -> None:
-    """Leave, in a `finally`: gloo aborts a process that ends in a group with a failed collective."""
+    """Leave, in a `finally`: gloo aborts a process that ends in a group whose collective failed."""
     global STORE
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -246,10 +246,12 @@ class ShardedAdamW:
         """Forget gradients, also those of a backward that failed half-way."""
         for b in self.buckets:
             b.gradient.zero_()
+            for p in b.parameters:
+                p.grad = None                           # one that _arrive refused
         self._forget()
 
     def _arrive(self, bucket: Bucket, i: int, p: Tensor) -> None:
-        """The hook: backward has finished p.grad. Take it, free it, send the buckets that are full."""
+        """The hook: backward has finished p.grad. Take it, free it, send the full buckets."""
         if i in bucket.arrived:
             raise RuntimeError("a second gradient in one micro-batch: "
                                "call finish_micro_batch() after each backward()")
@@ -296,7 +298,7 @@ class ShardedAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Update this rank's part, hand it round. Returns the share of weights that changed in the
-        model's dtype: in bf16, most updates of a small lr move only the master until they add up."""
+        model's dtype: in bf16, small updates move only the masters, until they have added up."""
         self.steps += 1
         beta1, beta2 = self.betas
         changed = 0

@@ -1,308 +1,567 @@
-"""The loop: micro-batches add up, the environment's tokens get no gradient, a stopped run continues bit for bit."""
+"""The loop: a gradient that is eq. 4's however it is cut, steps that are skipped and said, runs
+that are killed and go on bit for bit, and settings that are checked before anything runs."""
 import dataclasses
 import json
+import math
+import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 import mapo
 import reward
-from lib import shard
+import train as training
 from conftest import ROOT
-from lib.data import write_jsonl
-from tiny.world import World, world_questions
+from lib import checkpoint, shard
+from lib.batches import spread
+from lib.data import DataError, write_jsonl
 from lib.policy import Policy
-from reward import Scorer, format_reward, score
-from train import Config, Questions, accumulate, collapse, micro_batches, noise, paid_for, parse_config, payments, spread, train
+from tiny.world import World, world_questions
+from train import (FREE, Batch, Config, Questions, accumulate, advantages, collapse, held_out,
+                   parse_config, roll_out, run_name, take_step, to_batch, train)
+
+CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
 
 
-def small(tmp_path, **changes):
-    return Config(**(dict(model=str(ROOT / "tiny"), out=str(tmp_path / "run"), algo="mapo", beta=.4, steps=4, questions=2, group=4,
-                          eval_questions=0, save_every=2) | changes))
+def small(out: Path, **changes) -> Config:
+    """A question a step, four trajectories of it; no questions before and after."""
+    settings = dict(model=str(ROOT / "tiny"), out=str(out), beta=.4, steps=1, questions=1, group=4,
+                    eval_questions=0, save_every=2)
+    return Config(**settings | changes)
+
+
+# ---- the gradient --------------------------------------------------------------------------------
+
+class Learner:
+    """A policy of its own, and what accumulate() leaves in its optimiser."""
+
+    def __init__(self):
+        self.policy = Policy(ROOT / "tiny")
+        self.parameters = self.policy.freeze_vision()
+
+    def gradient(self, batch: Batch, row: mapo.Algorithm, **settings) -> tuple[Tensor, dict]:
+        """Flat, in the order of the parameters; and the statistics."""
+        optimiser = shard.ShardedAdamW(self.parameters)
+        totals = accumulate(self.policy, optimiser, batch, row, Config(**settings))
+        optimiser.close()
+        parts = {}
+        for bucket in optimiser.buckets:
+            for p, span in zip(bucket.parameters, bucket.spans):
+                parts[id(p)] = bucket.gradient[span]
+        return torch.cat([parts[id(p)] for p in self.parameters]), totals
+
+    def plain(self, trajectories: list, A: Tensor, row: mapo.Algorithm, clip: float) -> Tensor:
+        """The gradient of eq. 4, written out: one trajectory after the other, no padding, no shared
+        prompts, no weights, by autograd. A: (N,)."""
+        total, low, high = 0., 1 - clip * row.clip_low, 1 + clip * row.clip_high
+        tokens = sum(sum(t.mask) for t in trajectories)
+        for t, a in zip(trajectories, A):
+            logits = self.policy.model.lm_head(self.policy.hidden([t.tokens])[0])[0, :-1]
+            logits[:, self.policy.banned] = -math.inf
+            logp = logits.log_softmax(-1)[range(len(logits)), t.tokens.ids[1:]]
+            own = torch.tensor(t.mask[1:])
+            log_ratio = (logp - torch.tensor(t.logps[1:]))[own]
+            if row.ratio == "sequence":
+                log_ratio = log_ratio.mean().expand(len(log_ratio))
+            ratio = log_ratio.exp()
+            surrogate = torch.minimum(ratio * a, ratio.clamp(low, high) * a)
+            mean = surrogate.mean() / len(trajectories)
+            total = total - (surrogate.sum() / tokens if row.mean == "token" else mean)
+        slopes = torch.autograd.grad(total, self.parameters)
+        return torch.cat([slope.flatten() for slope in slopes])
 
 
 @pytest.fixture(scope="module")
-def trainable():
-    policy = Policy(ROOT / "tiny")
-    policy.model.requires_grad_(False)
-    return policy, [p.requires_grad_() for n, p in policy.model.named_parameters() if "visual" not in n]
+def learner():
+    return Learner()
 
 
 @pytest.fixture(scope="module")
-def advantage(policy, trajectories):
-    r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
-    return mapo.advantages(r, s, looked, 4, .4)
+def twelve(trajectories):
+    """Trajectories of three groups, and advantages (12,) at random."""
+    return trajectories[:12], torch.randn(12, generator=torch.Generator().manual_seed(0))
 
 
-def gradient(trainable, trajectories, advantage, order=None, **changes):
-    """The flat gradient in the order of the parameters, and accumulate's statistics."""
-    policy, parameters = trainable
-    order = order or list(range(len(trajectories)))
-    part, optimiser = [trajectories[i] for i in order], shard.ShardedAdamW(parameters)
-    stats = accumulate(policy, [optimiser], part, spread(advantage[order], part), Config(**changes), mapo.ALGORITHMS["mapo"])
-    found = {id(p): b.gradient[span] for b in optimiser.buckets for p, span in zip(b.parameters, b.spans)}
-    optimiser.close()
-    return torch.cat([found[id(p)] for p in parameters]), stats
-
-
-@pytest.mark.parametrize("micro_tokens", [1, 1200, 2400])
-def test_micro_batches_give_the_same_gradient(trainable, trajectories, advantage, micro_tokens):
-    """One micro-batch, two, four, or one a trajectory: the same sum, because token counts are summed first."""
-    whole, stats = gradient(trainable, trajectories, advantage, micro_tokens=10**9)
-    pieces, more = gradient(trainable, trajectories, advantage, micro_tokens=micro_tokens)
-    assert (whole - pieces).norm() < 1e-4 * whole.norm() and whole.norm() > 0
-    assert more["loss"] == pytest.approx(stats["loss"], abs=1e-5) and more["entropy"] == pytest.approx(stats["entropy"], rel=1e-4)
-
-
-def test_batch_order_changes_nothing(trainable, trajectories, advantage):
-    whole, _ = gradient(trainable, trajectories, advantage)
-    back, _ = gradient(trainable, trajectories, advantage, order=list(range(len(trajectories)))[::-1])
-    assert (whole - back).norm() < 1e-4 * whole.norm()
-
-
-def test_observations_get_no_gradient(trainable, trajectories, advantage):
-    """Where the mask is false nothing is learnt: a different old log-probability there changes nothing, and the
-    loss's weights are zero at every token of the environment."""
-    whole, _ = gradient(trainable, trajectories, advantage)
-    saved = [t.logps for t in trajectories]
+def moved(trajectories: list) -> list:
+    """The same, as if another policy had sampled them: at each token, log-probabilities differ by
+    about .2."""
+    g = torch.Generator().manual_seed(0)
+    result = []
     for t in trajectories:
-        t.logps = [p if m else -7. for p, m in zip(t.logps, t.mask)]
-    changed, _ = gradient(trainable, trajectories, advantage)
-    for t, logps in zip(trajectories, saved):
-        t.logps = logps
-    assert torch.equal(whole, changed)
-    weight = mapo.token_weights(torch.tensor([trajectories[0].mask]))
-    assert weight.sum().item() == pytest.approx(1) and (weight[0, ~torch.tensor(trajectories[0].mask)] == 0).all()
+        noise = .2 * torch.randn(len(t.logps), generator=g)
+        logps = (torch.tensor(t.logps) + noise).tolist()
+        result.append(dataclasses.replace(t, logps=logps))
+    return result
 
 
-def test_gradient_is_reinforce_at_ratio_one(trainable, trajectories, advantage):
-    """Before a step the clipped surrogate's gradient is that of - sum_i A_i mean_t log pi, computed here the plain way."""
-    policy, parameters = trainable
-    whole, stats = gradient(trainable, trajectories, advantage)
-    total = 0
-    for i, t in enumerate(trajectories):
-        logits = policy.model.lm_head(policy.hidden([t.tokens])[0])[0, :-1].float()
-        logits[:, policy.banned] = float("-inf")
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(t.tokens.ids[1:])[:, None])[:, 0]
-        total = total - advantage[i] * logp[torch.tensor(t.mask[1:])].mean() / len(trajectories)
-    plain = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
-    assert (whole - plain).norm() < 1e-3 * plain.norm()
-    assert stats["kl"] < 1e-6 and stats["clip_fraction"] == 0 and stats["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-3)
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((a - b).norm() < tolerance * b.norm()) and b.norm().item() > 0
 
 
-def test_gspo_is_grpo_until_the_policy_has_moved(trainable, trajectories, advantage):
-    """At ratio 1 the sequence's ratio has the gradient of the tokens' mean: with one update a batch GSPO *is* GRPO, and a
-    comparison of the two needs --updates 2 or more."""
-    policy, parameters = trainable
+@pytest.mark.parametrize("algo, clip", [("mapo", 1.), ("dapo", 1.), ("gspo", 50.)])
+def test_gradient_is_that_of_eq_4(algo, clip, learner, twelve):
+    """Away from ratio 1, with tokens that are clipped and others that are not: whatever the size of
+    a micro-batch, the gradient is that of the whole batch by autograd."""
+    trajectories, A = twelve
+    trajectories, row = moved(trajectories), mapo.ALGORITHMS[algo]
+    expected = learner.plain(trajectories, A, row, clip)
+    batch, counts = to_batch(trajectories, spread(A, trajectories), row), []
+    for micro_tokens in (1, 1200, 10**9):
+        found, totals = learner.gradient(batch, row, clip=clip, micro_tokens=micro_tokens)
+        assert close(found, expected) and .05 < totals["clip_fraction"] < .95
+        counts.append(totals["micro_batches"])
+    assert counts[0] == 12 > counts[1] > counts[2] == 1
+
+
+def test_the_ratio_is_one_before_the_first_step(learner, twelve):
+    """There the gradient is REINFORCE's, - sum A grad log pi: nothing is clipped, and sampler and
+    trainer agree."""
+    trajectories, A = twelve
+    row = mapo.ALGORITHMS["mapo"]
+    batch = to_batch(trajectories, spread(A, trajectories), row)
+    found, totals = learner.gradient(batch, row)
+    assert totals["logp_gap"] < 1e-4 and totals["kl"] < 1e-6 and totals["clip_fraction"] == 0
+    assert totals["loss"] == pytest.approx(-A.mean().item(), abs=1e-4)
+    total = 0.
+    for t, a in zip(trajectories, A):
+        logp, _ = learner.policy.logprobs([t.tokens], [t.mask])
+        total = total - a * logp.sum() / sum(t.mask) / len(trajectories)
+    slopes = torch.autograd.grad(total, learner.parameters)
+    assert close(found, torch.cat([slope.flatten() for slope in slopes]))
+
+
+def test_gspo_is_grpo_until_the_policy_has_moved(learner, twelve):
+    """At ratio 1 both have one gradient: a comparison of the two needs --updates 2 or more."""
+    trajectories, A = twelve
     gradients = []
     for algo in ("grpo", "gspo"):
-        optimiser = shard.ShardedAdamW(parameters)
-        accumulate(policy, [optimiser], trajectories, spread(advantage, trajectories), Config(), mapo.ALGORITHMS[algo])
-        gradients.append(torch.cat([b.gradient for b in optimiser.buckets]))
-        optimiser.close()
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+        row = mapo.ALGORITHMS[algo]
+        batch = to_batch(trajectories, spread(A, trajectories), row)
+        gradients.append(learner.gradient(batch, row)[0])
+    assert close(*gradients)
 
 
-def test_trajectories_without_signal_cost_nothing_and_add_nothing(trainable, trajectories):
-    zero, stats = gradient(trainable, trajectories, torch.zeros(len(trajectories)))
-    assert not zero.any() and stats["grad_norm"] == 0 and stats["grad_noise"] is None
+def test_what_the_environment_wrote_is_not_learnt(learner, twelve):
+    """Other old log-probabilities at its tokens change nothing."""
+    trajectories, A = twelve
+    others = []
+    for t in trajectories:
+        logps = [p if own else -7. for p, own in zip(t.logps, t.mask)]
+        others.append(dataclasses.replace(t, logps=logps))
+    row, found = mapo.ALGORITHMS["mapo"], []
+    for part in (trajectories, others):
+        found.append(learner.gradient(to_batch(part, spread(A, part), row), row)[0])
+    assert torch.equal(*found)
 
 
-def test_credit_per_turn_lands_on_the_turns_tokens(trajectories):
-    values = torch.arange(1., 5).repeat(len(trajectories), 1)
-    tokens = spread(values, trajectories)
-    for i, t in enumerate(trajectories):
-        for k, turn in enumerate(t.turns):
-            assert (tokens[i, turn.tokens.start - 1:turn.tokens.stop - 1] == k + 1).all()
-        assert (tokens[i, :len(t.mask) - 1][~torch.tensor(t.mask[1:])] == 0).all()
+@pytest.mark.parametrize("mean", ["trajectory", "token"])
+def test_trajectories_without_advantage_change_nothing(mean, learner, twelve):
+    """They are skipped, and still count in the mean: the gradients of two halves, each with 0 for
+    the other, add up to the whole one. Without any advantage there is no gradient at all."""
+    trajectories, A = twelve
+    row = mapo.Algorithm(mean=mean)
+    first = torch.arange(12) % 3 == 0                     # 4 of 12, in all groups
+
+    def part(advantage: Tensor) -> tuple[Tensor, dict]:
+        batch = to_batch(trajectories, spread(advantage, trajectories), row)
+        return learner.gradient(batch, row, micro_tokens=1)
+
+    (whole, all_of), (half, some), (rest, _) = part(A), part(A * first), part(A * ~first)
+    assert close(half + rest, whole) and half.norm() > 0 and rest.norm() > 0
+    assert all_of["micro_batches"] == 12 and some["micro_batches"] == 4
+    assert 0 < some["learnt"] < all_of["learnt"] == pytest.approx(1)
+    nothing, totals = part(0 * A)
+    assert not nothing.any() and not totals
 
 
-def test_micro_batches_are_bounded_and_complete(trajectories):
-    batches = micro_batches(trajectories, list(range(len(trajectories))), 700)
-    assert sorted(i for b in batches for i in b) == list(range(len(trajectories)))
-    assert all(len(b) == 1 or len(b) * max(len(trajectories[i].mask) for i in b) <= 700 for b in batches)
+# ---- the step ------------------------------------------------------------------------------------
+
+def weights_of(learner: Learner) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in learner.parameters])
 
 
-def test_noise_by_hand():
-    """Half the questions, then all. Nothing but noise: the half's square is half of the whole's. Nothing but signal: a quarter.
-    A signal of 1 and a noise of .5: 1/4 + 1/4, and 3/2. A third of them: 1/9 + 1/6."""
-    for part, whole, share, signal, trace in ((.25, .5, .5, 0, .5), (.25, 1., .5, 1, 0), (.5, 1.5, .5, 1, .5), (1 / 9 + 1 / 6, 1.5, 1 / 3, 1, .5)):
-        found = noise(part, whole, share)
-        assert found["grad_signal"] == pytest.approx(signal) and found["grad_trace"] == pytest.approx(trace)
-        assert found["grad_noise"] == pytest.approx(trace / whole)
-    assert noise(1., 1., 1.)["grad_noise"] is None
+def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
+    """A gradient with NaN moves nothing; the next one is as if it had never been."""
+    learner, row, part = Learner(), mapo.ALGORITHMS["mapo"], trajectories[:4]
+    config = Config(lr=1e-3, grad_clip=1e-3)
+    optimiser = shard.ShardedAdamW(learner.parameters)
+    run = SimpleNamespace(config=config, optimiser=optimiser, critic=None)
+    start = weights_of(learner)
+
+    def step(A: list[float], number: int) -> dict:
+        batch = to_batch(part, spread(torch.tensor(A), part), row)
+        totals = accumulate(learner.policy, optimiser, batch, row, config)
+        return take_step(run, batch, totals, number)
+
+    for A in ([math.nan, 1., -1., 1.], [0.] * 4):
+        stats = step(A, 0)
+        assert stats["skipped"] == 1 and stats["changed"] == 0 and optimiser.steps == 0
+        assert torch.equal(weights_of(learner), start)
+    stats = step([1., -1., 1., -1.], 0)
+    assert stats["skipped"] == 0 and stats["changed"] > .5 and optimiser.steps == 1
+    assert stats["lr"] == pytest.approx(2e-4) and stats["grad_norm"] > .01
+    assert optimiser.norm() == pytest.approx(1e-3, rel=1e-3)
+    moves = (weights_of(learner) - start).abs()           # Adam's first step is at most lr
+    assert 1.9e-4 < moves.max() < 2.1e-4
+    later = [step([1., -1., 1., -1.], number)["lr"] for number in (3, 4, 50)]
+    assert later == pytest.approx([8e-4, 1e-3, 1e-3])
 
 
-def test_noise_is_unbiased():
-    """64 samples, gradients drawn around a known mean, a part of 24 first: both estimates average to the truth."""
-    parts = (torch.tensor([.3, -.2, .1]) + torch.randn(20_000, 64, 3, generator=torch.Generator().manual_seed(0))) / 64
-    found = [noise(part, whole, 24 / 64) for part, whole in zip(*(x.sum(1).square().sum(1).tolist() for x in (parts[:, :24], parts)))]
-    average = lambda key: sum(f[key] for f in found) / len(found)
-    assert average("grad_signal") == pytest.approx(.14, abs=.005)
-    assert average("grad_trace") == pytest.approx(3 / 64, rel=.05)              # of the whole batch's gradient
+# ---- dynamic sampling ----------------------------------------------------------------------------
+
+def told(right: float, length: int = 8) -> SimpleNamespace:
+    """A trajectory without a look, right or wrong."""
+    question = SimpleNamespace(meta={}, choices=(), answer="1.0")
+    return SimpleNamespace(question=question, answer=str(right), mask=[True] * length,
+                           turns=[SimpleNamespace(score=None)])
 
 
-def test_noise_of_real_gradients_compares_half_the_questions_with_all(trainable, trajectories, advantage):
-    """`part` and `whole` by hand: the gradient of the even questions' trajectories alone, weighted as in the whole batch."""
-    first = [float(i // 4 % 2 == 0) for i in range(len(trajectories))]
-    half, whole = (gradient(trainable, trajectories, a, group=4)[0].square().sum().item() for a in (advantage * torch.tensor(first), advantage))
-    stats = gradient(trainable, trajectories, advantage, group=4)[1]
-    wanted = noise(half, whole, sum(first) / len(first))
-    assert all(stats[key] == pytest.approx(value, rel=1e-3) for key, value in wanted.items())
+@pytest.fixture
+def made_up(monkeypatch):
+    """made_up(config, teaches) -> a run without a model. Its questions are numbers; draw d of step
+    0 begins with 100 d. The group of a question that `teaches` is half right, another all right.
+    `asked` notes the draws."""
+    def made_up(config: Config, teaches: set[int] = frozenset()) -> SimpleNamespace:
+        asked = []
+
+        def collect(policy, questions, group, *_):
+            asked.append(questions)
+            trajectories = []
+            for question in questions:
+                for k in range(group):
+                    trajectories.append(told(float(k % 2 or question not in teaches)))
+            return trajectories
+
+        monkeypatch.setattr(training, "collect", collect)
+        monkeypatch.setattr(training, "score_looks", lambda *_: None)
+
+        def stream(step: int, draw: int) -> list[int]:
+            start = step * config.questions + draw * 100
+            return list(range(start, start + config.questions))
+
+        return SimpleNamespace(config=config, row=mapo.ALGORITHMS[config.algo], stream=stream,
+                               policy=None, scorer=None, generator=None, critic=None, asked=asked)
+    return made_up
 
 
-def test_the_formats_share_is_part_of_the_signal(trajectories):
-    """Two wrong answers, one of them well-formed, are no equal returns once --format_weight pays the form."""
-    pair = [t for t in trajectories if format_reward(t)][:2]
-    pair = [dataclasses.replace(pair[0], answer="no"), dataclasses.replace(pair[1], answer="no", end="max_turns")]
-    for weight, wanted in ((0., False), (.5, True)):
-        assert mapo.has_signal(mapo.coupled_return(*paid_for(pair, Config(format_weight=weight)), 0.), 2).tolist() == [wanted]
+def test_dynamic_sampling_draws_others_for_groups_without_signal(made_up):
+    """DAPO, 4 questions: 2 teach, of 2 others 1, and then 1 is enough. 7 groups were sampled."""
+    config = Config(algo="dapo", beta=0., questions=4, group=2)
+    run = made_up(config, {4, 6, 105, 204})
+    kept, sampled = roll_out(run, step=1)
+    assert run.asked == [[4, 5, 6, 7], [104, 105], [204]]
+    assert len(sampled) == 2 * 7 and len(kept) == 2 * 4
+    assert [t.answer for t in kept] == ["0.0", "1.0"] * 4
 
 
-def test_ppos_payments_sum_to_the_return(trajectories, policy):
-    """Whatever the credit, what a trajectory's tokens are paid adds up to its coupled return, at tokens of the agent only."""
-    r, s, looked = score(trajectories, Scorer(policy, world_questions(World(), 0, "train", 10**6, 16)))
-    for credit in ("trajectory", "turn", "look"):
-        paid = payments(trajectories, r, s, looked, Config(beta=.4, credit=credit))
-        assert torch.allclose(paid.sum(1), mapo.coupled_return(r, s, looked, .4), atol=1e-6)
-        for i, t in enumerate(trajectories):
-            assert (paid[i, :len(t.mask) - 1][~torch.tensor(t.mask[1:])] == 0).all()
+def test_dynamic_sampling_gives_up_after_ten_draws(made_up):
+    """With what it has; if that is nothing, with the last draw, to which no advantage is given."""
+    config = Config(algo="dapo", beta=0., questions=4, group=2)
+    run = made_up(config, {301})
+    kept, sampled = roll_out(run, step=0)
+    assert [len(draw) for draw in run.asked] == [4] * 4 + [3] * 6
+    assert len(kept) == 2 and len(sampled) == 2 * (16 + 18)
+    run = made_up(config)
+    kept, sampled = roll_out(run, step=0)
+    assert len(kept) == 8 and len(sampled) == 80 and not advantages(run, kept).any()
 
 
-def weights(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "model.safetensors")
+def test_the_other_rows_learn_from_the_first_draw(made_up):
+    run = made_up(Config(algo="mapo", beta=0., questions=4, group=2))
+    kept, sampled = roll_out(run, step=0)
+    assert run.asked == [[0, 1, 2, 3]] and kept == sampled and len(kept) == 8
 
 
-def test_resume_continues_bit_for_bit(tmp_path):
-    """Four steps, or two, a stop and two more: equal weights, equal metrics (but for the clock)."""
-    train(small(tmp_path, out=str(tmp_path / "whole")))
-    train(small(tmp_path, out=str(tmp_path / "parts"), steps=2))
-    train(small(tmp_path, out=str(tmp_path / "parts"), resume=True))
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert any(not torch.equal(whole[k], v) for k, v in weights(ROOT / "tiny").items())
-    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
-    clock = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
-    assert [{k: v for k, v in a.items() if k not in clock} for a in lines[0]] == [{k: v for k, v in b.items() if k not in clock} for b in lines[1]]
-    assert [a["step"] for a in lines[0]] == [1, 2, 3, 4]
-    assert {"accuracy", "calls", "valid", "hit", "gap", "semantic", "signal_groups", "entropy", "kl", "clip_fraction", "grad_norm",
-            "grad_noise", "lr", "tokens_per_s", "seconds", "peak_mb"} <= set(lines[0][0])
+def test_a_penalty_for_length_is_no_signal(made_up):
+    """Limit 20, buffer 4 tokens. A group of equal outcomes gets nothing, however long. Right, right
+    at 18 tokens and wrong: 1, .5 and 0, by eq. 7; the deviation is 1 / sqrt 6."""
+    config = Config(algo="dapo", beta=0., group=3, max_turns=4, max_tokens=5)
+    part = [told(1., n) for n in (20, 16, 18)] + [told(1., 16), told(1., 18), told(0., 16)]
+    A = advantages(made_up(config), part)
+    expected = torch.tensor([0., 0, 0, math.sqrt(1.5), 0, -math.sqrt(1.5)])
+    assert A.shape == (6, 19) and torch.allclose(A, expected[:, None], atol=1e-4)
 
 
-def test_resume_survives_a_torn_checkpoint(tmp_path):
-    """A checkpoint that was being written when the run died is not taken for one; lines after the last are dropped."""
-    train(small(tmp_path, steps=3, save_every=2))
-    run = tmp_path / "run"
-    (run / "step-000003").rename(run / "saving")       # died while saving step 3
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        train(small(tmp_path, steps=4, resume=True))
+# ---- whole runs ----------------------------------------------------------------------------------
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{key: line[key] for key in line if key not in CLOCK} for line in lines]
 
 
-def test_resume_refuses_other_settings(tmp_path):
-    """A run that goes on with another seed or algorithm would be neither; what is different is named."""
-    train(small(tmp_path, steps=1))
-    with pytest.raises(ValueError, match="--seed 0 there and 1 now"):
-        train(small(tmp_path, steps=2, seed=1, resume=True))
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_groups_that_are_always_right_teach_nothing(tmp_path, monkeypatch):
-    """Without differences in a group, the outcome has no gradient; the semantic score has one."""
+class Killed(BaseException):
+    """As by kill -9: no `except` of ours sees it."""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """PPO, which has a second optimiser. Three steps; or a checkpoint after two, and a kill after
+    the third, whose next line is torn; then --resume. Equal weights, moments and random streams;
+    equal lines but for the clock."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = dict(algo="ppo", steps=3, questions=2, micro_tokens=1200)
+    train(small(whole, **settings))
+
+    def dies(folder, step, *rest):
+        if step == 3:
+            raise Killed
+        save(folder, step, *rest)
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", dies)
+        train(small(parts, **settings))
+    assert [line["step"] for line in metrics_of(parts)] == [1, 2, 3]
+    with (parts / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "accur')
+    train(small(parts, **settings, resume=True))
+
+    lines = metrics_of(whole)
+    assert lines == metrics_of(parts) and [line["step"] for line in lines] == [1, 2, 3]
+    a, b = files_of(whole), files_of(parts)
+    assert a["trajectories.jsonl"] == b["trajectories.jsonl"] and set(a) == set(b)
+    assert "step-000003/optimiser-1/optimiser-0-of-1.pt" in a             # the critic's
+    for name in a:
+        if name.endswith(".safetensors"):
+            assert a[name] == b[name]
+        elif name.endswith(".pt"):
+            one, other = (torch.load(run / name, weights_only=True) for run in (whole, parts))
+            assert_equal(one, other)
+    before = load_file(ROOT / "tiny/model.safetensors")
+    after = load_file(whole / "step-000003/model.safetensors")
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+    assert {"accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic", "signal_groups",
+            "sampled", "loss", "entropy", "kl", "clip_fraction", "logp_gap", "micro_batches",
+            "grad_norm", "lr", "skipped", "changed"} <= set(lines[0])
+    for line in lines:                                    # of the second update: the ratio moved
+        assert line["kl"] > 1e-6 and line["logp_gap"] < 1e-4 and line["skipped"] == 0
+        assert line["grad_norm"] > 0 and line["value_loss"] > 0 and line["micro_batches"] > 1
+
+
+def assert_equal(a, b) -> None:
+    """What torch.save has written: dictionaries, lists, numbers, tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (dict, list)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_equal(a[key], b[key])
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of one step."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(small(out))
+    return out
+
+
+def test_a_new_run_leaves_the_old_one_alone(finished, tmp_path, capsys):
+    """The folder is taken: it goes to run-2 and says so, and --resume goes on with run-2."""
+    old, new = tmp_path / "run", tmp_path / "run-2"
+    shutil.copytree(finished, old)
+    before = files_of(old)
+    train(small(old, seed=1))
+    assert f"the run's folder is {new}: {old} holds one" in capsys.readouterr().out
+    train(small(old, seed=1, steps=2, resume=True))
+    assert f"the run's folder is {new}\n" in capsys.readouterr().out
+    assert [line["step"] for line in metrics_of(new)] == [1, 2]
+    assert files_of(old) == before
+
+
+def test_resume_refuses_other_settings(finished):
+    """What is different is named, and nothing has been written."""
+    before = files_of(finished)
+    with pytest.raises(ValueError, match="--lr 0.00015 there and 0.001 now; --seed 0 there"):
+        train(small(finished, steps=2, seed=1, lr=1e-3, resume=True))
+    assert files_of(finished) == before
+
+
+def test_a_step_without_any_signal_is_skipped_counted_and_said(tmp_path, monkeypatch, capsys):
+    """Every answer is right: DAPO draws ten times, and the step moves nothing, not even Adam's
+    moments. The semantic score still has a signal."""
     monkeypatch.setattr(reward, "outcome", lambda question, answer: 1.)
-    metrics = train(small(tmp_path, steps=1, algo="grpo", beta=0.))
-    assert metrics["signal_groups"] == 0 and metrics["grad_norm"] == 0
-    metrics = train(small(tmp_path, steps=1))
-    assert metrics["signal_groups"] > 0 and metrics["grad_norm"] > 0
-
-
-def test_dynamic_sampling_keeps_only_groups_with_signal(tmp_path, monkeypatch):
-    """DAPO draws again for groups of equal returns, ten times at most: more is sampled than learnt from, never the reverse."""
-    metrics = train(small(tmp_path, steps=1, questions=4, algo="dapo", beta=0.))
-    assert metrics["sampled"] >= 16 and metrics["sampled"] % 4 == 0
-    monkeypatch.setattr(reward, "outcome", lambda question, answer: 1.)
-    assert train(small(tmp_path, steps=1, questions=2, algo="dapo", beta=0.))["sampled"] == 10 * 2 * 4
-
-
-def test_vision_tower_stays_frozen(tmp_path):
-    train(small(tmp_path, steps=2))
-    before, after = weights(ROOT / "tiny"), weights(tmp_path / "run")
-    assert all(torch.equal(v, after[k]) for k, v in before.items() if "visual" in k)
-
-
-def test_two_updates_move_the_ratio(tmp_path):
-    """With a second update on the same batch the policy is no longer the one that sampled: kl is above zero."""
-    assert train(small(tmp_path, steps=2, updates=2, lr=1e-3))["kl"] > 1e-6
-    assert train(small(tmp_path, steps=2, updates=1))["kl"] < 1e-6
+    line = train(small(tmp_path / "dapo", algo="dapo", beta=0.))
+    assert line["sampled"] == 10 * 4 and line["accuracy"] == 1 and line["signal_groups"] == 0
+    assert (line["skipped"], line["changed"], line["grad_norm"], line["loss"]) == (1, 0, 0, 0)
+    said = "step 1: collapse: no group had a signal: the step was skipped"
+    assert said in capsys.readouterr().out
+    saved = checkpoint.newest(tmp_path / "dapo")
+    before = load_file(ROOT / "tiny/model.safetensors")
+    after = load_file(saved / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    moments = torch.load(saved / "optimiser-0/optimiser-0-of-1.pt", weights_only=True)
+    assert moments["steps"] == 0 and not any(part.any() for part in moments["mean"])
+    line = train(small(tmp_path / "coupled", algo="dapo"))
+    assert line["skipped"] == 0 and line["signal_groups"] == 1 and line["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("algo", mapo.ALGORITHMS)
-def test_every_algorithm_trains(tmp_path, algo):
-    """Every row of the table takes a step, alone and with MAPO's coupling."""
-    for beta in (0., .4):
-        assert train(small(tmp_path, algo=algo, beta=beta, steps=1, questions=4, updates=1))["grad_norm"] > 0  # GSPO may clip all of a second
+def test_every_row_takes_a_step(algo, tmp_path):
+    """With the coupling, and credit that differs from turn to turn. One update: of a second one,
+    GSPO may clip everything."""
+    line = train(small(tmp_path / "run", algo=algo, credit="look", updates=1))
+    assert line["grad_norm"] > 0 and line["kl"] < 1e-6 and line["changed"] > .5
 
 
-def test_training_on_your_own_questions(tmp_path):
-    """A .jsonl trains too; its order is shuffled by the seed and passes are complete."""
-    file = write_jsonl(world_questions(World(), 1, "train", 0, 6), tmp_path)
-    stream = Questions(small(tmp_path, data=str(file), questions=3))
-    assert sorted(q.id for s in (0, 1) for q in stream(s)) == sorted(q.id for s in (2, 3) for q in stream(s))
-    assert len({q.id for s in (0, 1) for q in stream(s)}) == 6
-    assert train(small(tmp_path, data=str(file), steps=1))["step"] == 1
+def test_credit_by_aim_and_words_after_the_look(tmp_path):
+    line = train(small(tmp_path / "run", credit="aim", describe="after"))
+    assert line["grad_norm"] > 0 and 0 < line["semantic"] < 1
 
 
-@pytest.mark.parametrize("metrics, word", [(dict(calls=0.), "stopped looking"), (dict(grad_norm=float("nan")), "not finite"),
-                                           (dict(entropy=.001), "deterministic"), (dict(valid=.2), "malformed"), ({}, "")])
-def test_collapse_is_named(metrics, word):
-    said = collapse(dict(calls=1., grad_norm=1., entropy=.5, valid=1., signal_groups=1.) | metrics)
-    assert word in said and bool(said) == bool(word)
+# ---- questions -----------------------------------------------------------------------------------
+
+def test_the_world_never_repeats_a_question():
+    """Steps and further draws; runs of one seed see the same ones, whatever else differs."""
+    stream = Questions(Config(questions=3))
+    ids = [q.id for step in (0, 1) for draw in (0, 1) for q in stream(step, draw)]
+    assert len(set(ids)) == 12
+    again = Questions(Config(questions=3, algo="grpo", group=2, lr=1.))
+    assert [q.text for q in again(1)] == [q.text for q in stream(1)]
+    assert [q.id for q in Questions(Config(questions=3, seed=1))(1)] != [q.id for q in stream(1)]
 
 
-@pytest.mark.parametrize("arguments", [["--algo", "reinforce"], ["--group", "1"], ["--steps", "0"], ["--nonsense"]])
-def test_bad_arguments_stop_before_anything_runs(arguments, capsys):
-    with pytest.raises(SystemExit):
-        parse_config(arguments)
-    assert "error" in capsys.readouterr().err
+def test_a_file_is_shuffled_in_whole_passes(tmp_path):
+    """8 questions, 3 a step: each comes once before any comes again, in another order each time."""
+    file = write_jsonl(world_questions(World(), 1, "train", 0, 8), tmp_path)
+    stream = Questions(Config(data=str(file), questions=3))
+    ids = [q.id for step in range(8) for q in stream(step)]
+    passes = [ids[start:start + 8] for start in (0, 8, 16)]
+    assert all(len(set(one)) == 8 for one in passes)
+    assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
 
 
-def run(*arguments, **options):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+def test_which_questions_are_held_out(tmp_path):
+    file = str(write_jsonl(world_questions(World(), 1, "train", 0, 4), tmp_path))
+    assert held_out(Config(data=file)) == []
+    assert len(held_out(Config(data=file, test=file, eval_questions=3))) == 3
+    world = held_out(Config(eval_questions=5, seed=7))
+    assert [q.text for q in world] == [q.text for q in world_questions(World(), 0, "test", 0, 5)]
 
 
-def test_the_real_commands(tmp_path):
-    """train.py and eval.py as a user runs them: they end well, and leave what they promise."""
-    out = tmp_path / "run"
-    done = run("train.py", "--steps", 2, "--questions", 2, "--group", 4, "--eval_questions", 8, "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert "before training, greedy" in done.stdout and "after training, sampled" in done.stdout and "accuracy" in done.stderr
-    for name in ("model.safetensors", "metrics.jsonl", "trajectories.jsonl", "films.png", "results.json", "train.json", "step-000002/state-0.pt"):
-        assert (out / name).is_file(), name
-    record = json.loads(open(out / "trajectories.jsonl").readline())
-    assert record["turns"] and {"text", "box", "label", "score"} <= set(record["turns"][0])
-    done = run("eval.py", "--model", out, "--n", 8, "--out", tmp_path / "eval")
-    assert done.returncode == 0, done.stderr
-    assert "95% interval" in done.stdout and (tmp_path / "eval/films.png").is_file()
-    assert len(open(tmp_path / "eval/predictions.jsonl").readlines()) == 8
-    file = write_jsonl(world_questions(World(), 0, "test", 0, 5), tmp_path / "mine")
-    done = run("eval.py", "--model", out, "--data", file, "--out", tmp_path / "eval")
-    assert done.returncode == 0 and len(open(tmp_path / "eval/predictions.jsonl").readlines()) == 5
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(DataError, match="none.jsonl: holds no questions"):
+        Questions(Config(data=str(tmp_path / "none.jsonl")))
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, name", [
+    ([], "mapo"),
+    (["--algo", "gspo", "--beta", "0.4", "--seed", "3"], "gspo-beta0.4-seed3"),
+    (["--credit", "look", "--describe", "after"], "mapo-creditlook-describeafter"),
+    (["--data", "runs/world/questions.jsonl"], "mapo-dataquestions"),
+    (["--model", "runs/mapo"], "mapo-modelmapo"),
+    (["--steps", "9", "--save_every", "3", "--device", "cuda", "--recompute"], "mapo")])
+def test_a_run_is_named_after_what_differs(arguments, name):
+    assert parse_config(arguments).out == f"runs/{name}"
+
+
+def test_a_run_keeps_its_name_when_it_is_resumed():
+    """What may change on the way is no part of the name."""
+    config = Config()
+    for name in FREE:
+        kind = type(getattr(config, name))
+        setattr(config, name, kind(9))
+    assert run_name(config) == run_name(Config()) == "mapo"
+
+
+def test_the_default_beta_is_the_algorithms():
+    for algo, row in mapo.ALGORITHMS.items():
+        assert parse_config(["--algo", algo]).beta == row.beta
+    assert parse_config(["--beta", "0"]).beta == 0
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["train.py", "--model", "docs"], "docs: no config.json"),
-    (["train.py", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"], "Qwen/Qwen2.5-VL-3B-Instruct: no config.json"),
-    (["train.py", "--resume"], "--resume: no checkpoint in"),
-    (["train.py", "--model", "{out}/step-000050"], "--out: a new run clears its folder"),
-    (["eval.py", "--max_tokens", "0"], "--max_tokens"),
-    (["eval.py", "--temperature", "-1"], "--temperature"),
-    (["eval.py", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file")])
-def test_errors_are_one_clear_line_and_lose_nothing(arguments, words, tmp_path):
-    """A typo is named in one line, and what an earlier run left in the folder is still there."""
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    (tmp_path / "step-000050").mkdir()
-    done = run(*(a.format(out=tmp_path) for a in arguments), "--out", tmp_path)
-    assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
-    assert (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "step-000050").is_dir()
+    (["--algo", "reinforce"], "--algo: expected one of mapo, grpo, dr_grpo, dapo, gspo, ppo; "),
+    (["--credit", "turn"], "--credit: expected one of trajectory, look, aim; found 'turn'"),
+    (["--describe", "later"], "--describe: expected one of before, after; found 'later'"),
+    (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16; found 'int8'"),
+    (["--coordinates", "cm"], "--coordinates: expected one of pixels, 1000; found 'cm'"),
+    (["--group", "1"], "--group: expected at least 2, found 1"),
+    (["--steps", "0"], "--steps: expected at least 1, found 0"),
+    (["--save_every", "0"], "--save_every: expected at least 1, found 0"),
+    (["--lr", "0"], "--lr: expected a number above 0, found 0.0"),
+    (["--temperature", "nan"], "--temperature: expected a number above 0, found nan"),
+    (["--grad_clip", "inf"], "--grad_clip: expected a number above 0, found inf"),
+    (["--beta", "1.1"], "expected --beta up to 1"), (["--lam", "0"], "--lam in (0, 1]"),
+    (["--test", "a.jsonl"], "--test: needs --data"), (["--nonsense"], "--nonsense"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'")])
+def test_bad_settings_stop_before_anything_runs(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(arguments)
+    assert words in capsys.readouterr().err
+
+
+# ---- what a person sees --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("metrics, words", [
+    ({}, ""), ({"calls": .05}, "stopped looking"), ({"grad_norm": math.nan}, "not finite"),
+    ({"entropy": .001}, "deterministic"), ({"valid": .2}, "malformed"),
+    ({"skipped": 1., "entropy": 0.}, "no group had a signal"),
+    ({"skipped": 1., "grad_norm": math.inf}, "not finite")])
+def test_collapse_is_named(metrics, words):
+    well = {"calls": 1., "grad_norm": 1., "entropy": .5, "valid": 1., "skipped": 0.}
+    said = collapse(well | metrics)
+    assert words in said and bool(said) == bool(words)
+
+
+def main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--model", "docs"], "docs: no config.json"),
+    (["--model", "Qwen/Qwen2.5-VL-3B-Instruct"], "Qwen/Qwen2.5-VL-3B-Instruct: no config.json"),
+    (["--resume"], "--resume: no checkpoint in")])
+def test_errors_are_one_clear_line_and_write_nothing(arguments, words, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as error:
+        main(monkeypatch, *arguments, "--out", str(tmp_path / "run"))
+    assert str(error.value).startswith("train.py: ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert files_of(tmp_path) == {"run/metrics.jsonl": b"{}\n"}
+
+
+def test_the_real_command(tmp_path):
+    """As a user runs it: it ends well, judges before and after, and leaves what it promises."""
+    out = tmp_path / "run"
+    words = f"--steps 1 --questions 2 --group 4 --eval_questions 4 --out {out}"
+    done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for said in ("before training, greedy", "after training, sampled", "sampled, accuracy",
+                 f"saved in {out}: the model step-000001, metrics.jsonl, trajectories.jsonl, "
+                 "results.json, films.png"):
+        assert said in done.stdout
+    assert "accuracy" in done.stderr and "100%" in done.stderr                 # the bar
+    files = files_of(out)
+    assert {"films.png", "step-000001/train.json", "step-000001/state-0.pt"} <= set(files)
+    results = json.loads(files["results.json"])
+    assert set(results) == {f"{moment} {name}" for moment in ("before", "after")
+                            for name in ("greedy", "sampled")}
+    assert all(row["n"] == 4 and 0 <= row["accuracy"] <= 1 for row in results.values())
+    line = json.loads(files["trajectories.jsonl"].splitlines()[0])
+    assert len(line["advantage"]) == len(line["turns"]) and line["step"] == 1
+    assert {"text", "box", "label", "score"} <= set(line["turns"][0])
+    base = json.loads(files["step-000001/train.json"])["model"]
+    assert base == str(ROOT / "tiny")                     # from any working directory
