@@ -22,6 +22,8 @@ from lib.sampler import Session
 from tiny.world import World, world_question
 from tools import Answer, Call, ToolError, fit, parse, run_tool
 
+HELD = 2**24                            # pixels of an image that stays open: 50 MB
+
 
 @dataclass
 class Turn:
@@ -62,8 +64,7 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
 
     max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
     temperature 0 is greedy. Whatever the agent writes, this raises nothing."""
-    images = [question.open() for question in questions]
-    prompts, trajectories = begin(policy, questions, images, group)
+    images, prompts, trajectories = begin(policy, questions, group)
     session = Session(policy, prompts, group)
     active = list(range(len(trajectories)))     # the trajectory of each row of the session
     for number in range(1, max_turns + 1):
@@ -82,11 +83,17 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     return trajectories
 
 
-def begin(policy: Policy, questions: list[Question], images: list[Image.Image],
-          group: int) -> tuple[list[Tokens], list[Trajectory]]:
-    """The prompts, one a question, and the trajectories that begin with them."""
-    overviews = [fit(image, policy.resolution) for image in images]
-    prompts, trajectories = [], []
+def begin(policy: Policy, questions: list[Question], group: int
+          ) -> tuple[list[Image.Image | None], list[Tokens], list[Trajectory]]:
+    """The images and prompts, one a question, and the trajectories that begin with them.
+
+    An image above HELD pixels is None, and opened again for each look at it: dozens of them side
+    by side would fill the memory."""
+    images, overviews, prompts, trajectories = [], [], [], []
+    for question in questions:
+        image = question.open()
+        overviews.append(fit(image, policy.resolution))
+        images.append(image if image.width * image.height <= HELD else None)
     for question, overview, tokens in zip(questions, overviews, policy.encode_images(overviews)):
         prompt = policy.prompt(tokens, question.prompt)
         prompts.append(prompt)
@@ -95,7 +102,7 @@ def begin(policy: Policy, questions: list[Question], images: list[Image.Image],
                                     policy.space(overview.size))
             extend(trajectory, prompt)
             trajectories.append(trajectory)
-    return prompts, trajectories
+    return images, prompts, trajectories
 
 
 def extend(trajectory: Trajectory, tokens: Tokens, logps: list[float] | None = None) -> None:
@@ -115,8 +122,10 @@ def write(policy: Policy, trajectory: Trajectory, ids: list[int], logps: list[fl
     return turn
 
 
-def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, last: bool) -> None:
-    """Carry out what the turn asks for, or end the trajectory. image: the original."""
+def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image | None, last: bool
+        ) -> None:
+    """Carry out what the turn asks for, or end the trajectory. image: the original; None: open
+    it."""
     try:
         action = parse(turn.text, trajectory.space)
         if isinstance(action, Answer):
@@ -124,6 +133,7 @@ def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image, 
         elif last:
             trajectory.end = "max_turns"
         else:
+            image = image or trajectory.question.open()
             turn.crop, turn.box = run_tool(image, action, trajectory.space, policy.resolution)
             turn.call = action
     except ToolError as error:

@@ -28,8 +28,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
+from tools import MAX_IMAGE_ASPECT
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 2**28                       # of a picture; 2^28 are 800 MB in memory
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS      # Pillow's own limit, which only warns, is lower
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
 
 
@@ -208,13 +214,40 @@ def image_opener(text: str, folder: Path, where: str,
 
     def load() -> Image.Image:
         try:
-            source = file or io.BytesIO(decode_base64(again()))
-            return Image.open(source).convert("RGB")
+            return read_picture(file or io.BytesIO(decode_base64(again())))
         except Exception as error:  # Pillow's readers raise nearly anything on broken files
-            raise DataError(f"{where}: field 'image': expected a picture that Pillow can read, "
+            raise DataError(f"{where}: field 'image': expected a picture that can be read, "
                             f"found: {error}") from None
 
     return load
+
+
+def read_picture(source: Path | io.BytesIO) -> Image.Image:
+    """A picture as a person sees it, in RGB: turned as its EXIF note says, transparency on white,
+    16 bits scaled to 8. Of an animation it is the first frame.
+
+    Other formats are refused: some of Pillow's readers start other programs."""
+    with Image.open(source, formats=FORMATS) as image:
+        width, height = image.size
+        long = max(width, height) > MAX_IMAGE_ASPECT * min(width, height)
+        if long or width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,}, "
+                             f"and at most {MAX_IMAGE_ASPECT}:1")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey in 16 bits: 65,535 becomes 255. In 32 bits or floats: so does its own largest value."""
+    grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0., neginf=0.).clip(min=0)
+    largest = 65535 if image.mode.startswith("I;16") else max(grey.max(), 1e-30)
+    return Image.fromarray((grey / largest * 255).round().astype(np.uint8))
 
 
 def decode_base64(text: str) -> bytes:

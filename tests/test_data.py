@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from conftest import ROOT
-from lib.data import (DataError, Question, choose, coverage, holds, normalise, read_jsonl, shows,
-                      write_jsonl)
+from lib import data
+from lib.data import (DataError, Question, choose, coverage, holds, normalise, read_jsonl,
+                      read_picture, shows, write_jsonl)
 from tiny.world import World, world_questions
 from tools import MAX_ANSWER_CHARS
 
@@ -171,7 +172,7 @@ def test_base64_longer_than_a_file_name(tmp_path):
 def test_image_file(tmp_path):
     """A path is relative to the .jsonl file, and any mode becomes RGB."""
     (tmp_path / "sub").mkdir()
-    Image.new("RGBA", (5, 4), (9, 8, 7, 128)).save(tmp_path / "sub" / "é.png")
+    Image.new("RGBA", (5, 4), (9, 8, 7, 255)).save(tmp_path / "sub" / "é.png")
     question, = read_jsonl(save(tmp_path, GOOD | {"image": "sub/é.png"}))
     image = question.open()
     assert image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (9, 8, 7)
@@ -295,6 +296,50 @@ def test_broken_picture(tmp_path, data):
         with pytest.raises(DataError, match="'image'") as error:
             question.open()
         assert f"{file}:{number}" in str(error.value)
+
+
+def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+def test_pictures_are_read_as_they_are_seen():
+    """A phone's picture stands upright, transparency is white, 16 bits keep their brightness, and
+    of an animation the first frame is shown."""
+    upright = Image.new("RGB", (30, 20), "red")
+    upright.paste("blue", (0, 0, 10, 20))                # at the left ..
+    exif = Image.Exif()
+    exif[0x0112] = 6                                     # .. of what was turned to the left
+    turned = saved(upright.transpose(Image.ROTATE_90), "PNG", exif=exif)
+    assert read_picture(turned).tobytes() == upright.tobytes()
+
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    seen = read_picture(saved(clear, "PNG"))
+    assert seen.getpixel((0, 0)) == (255, 0, 0) and seen.getpixel((1, 1)) == (255, 255, 255)
+
+    grey = np.array([[0, 257 * 100], [65535, 257]], dtype=np.uint16)
+    seen = read_picture(saved(Image.fromarray(grey), "PNG"))
+    assert np.asarray(seen)[..., 0].tolist() == [[0, 100], [255, 1]]
+    floats = np.array([[0., 1.], [.5, np.nan]], dtype=np.float32)
+    seen = read_picture(saved(Image.fromarray(floats), "TIFF"))
+    assert np.asarray(seen)[..., 0].tolist() == [[0, 255], [128, 0]]
+
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    seen = read_picture(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert seen.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_other_formats_and_sizes_are_refused(monkeypatch):
+    """PostScript would start another program. A limit on pixels is named."""
+    with pytest.raises(UnidentifiedImageError):
+        read_picture(saved(Image.new("RGB", (8, 8)), "EPS"))
+    with pytest.raises(ValueError, match="402 x 2 pixels; .* at most 200:1"):
+        read_picture(saved(Image.new("RGB", (402, 2)), "PNG"))
+    monkeypatch.setattr(data, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="11 x 10 pixels; expected at most 100"):
+        read_picture(saved(Image.new("RGB", (11, 10)), "PNG"))
 
 
 @pytest.mark.parametrize("image", ["a.png", GOOD["image"]], ids=["picture", "jsonl"])

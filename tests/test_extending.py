@@ -170,8 +170,7 @@ def test_the_rest_follows_by_itself(load, policy, questions, monkeypatch):
     question = questions[0]
     label = f"the {list(question.objects)[0]}"
     text = ROTATE.replace("the red circle", label)
-    images = [question.open()]
-    _, trajectories = rollout.begin(policy, [question], images, group=2)
+    images, _, trajectories = rollout.begin(policy, [question], group=2)
     for trajectory in trajectories:
         ids = policy.tokens(text).ids
         turn = rollout.write(policy, trajectory, ids, [-1.] * len(ids))

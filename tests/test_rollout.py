@@ -1,4 +1,6 @@
 """Trajectories: what was sampled stays as it was, and every token knows who wrote it."""
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -150,6 +152,26 @@ def test_other_image_sizes(policy, script):
 
 
 # ---- crops are shared, and by whom ---------------------------------------------------------------
+
+def test_a_large_image_is_not_held(policy, questions, script, monkeypatch):
+    """It is opened again for each look, and the looks show the same."""
+    script(CALL, ANSWER)
+    held = collect(policy, questions[:2], group=2)
+    monkeypatch.setattr(rollout, "HELD", 768 * 768 - 1)
+    opened = []
+
+    def open_and_count():
+        opened.append(1)
+        return questions[0].open()
+
+    script(CALL, ANSWER)
+    counted = dataclasses.replace(questions[0], open=open_and_count)
+    again = collect(policy, [counted, questions[1]], group=2)
+    assert len(opened) == 3                              # the overview, and two looks
+    for one, other in zip(held, again):
+        assert one.tokens.ids == other.tokens.ids and one.looks[0].box == other.looks[0].box
+        assert one.looks[0].crop.tobytes() == other.looks[0].crop.tobytes()
+
 
 def test_equal_calls_share_a_crop(policy, questions, script):
     """Equal but for the label: one crop. Another box or another question: another crop."""
