@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from lib import benchmarks, shard
-from lib.checkpoint import append, newest
+from lib.checkpoint import append, lock, newest
 from lib.data import DataError, Question
 from lib.policy import Policy, Tokens
 from reward import Scorer, answerable, measure, outcome, score_looks
@@ -310,6 +310,7 @@ def run(args: argparse.Namespace) -> None:
             if out != Path(args.out):
                 print(f"{args.out} holds predictions; this run's are in {out}")
             prepare(out, settings)
+            lock(out)
     with shard.together():
         ask(args, policy, scorer, questions, out)
     if shard.rank() == 0:
@@ -347,12 +348,15 @@ def main() -> None:
         help="of boxes: pixels of the seen image, or thousandths; default: the model's")
     args = parser.parse_args()
     counts = (args.max_turns, args.max_tokens, args.batch, args.n)
-    if any(count is not None and count < 1 for count in counts) or args.temperature < 0:
+    finite = 0 <= args.temperature < math.inf
+    if not finite or any(count is not None and count < 1 for count in counts):
         parser.error("--max_turns, --max_tokens, --batch, --n must be at least 1, "
                      "--temperature not below 0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     try:
         run(args)
+    except KeyboardInterrupt:
+        sys.exit("\neval.py: stopped; the same command with --resume asks the rest")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"eval.py: {shard.named(error)}")
     finally:

@@ -46,7 +46,7 @@ from lib import checkpoint, shard
 from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
 from lib.data import DataError, Question, read_jsonl
-from lib.policy import Policy
+from lib.policy import Policy, not_finite
 from reward import Scorer, answerable, measure, rewards, score_looks
 from rollout import Trajectory, collect
 from show import film_strip, stack
@@ -138,8 +138,11 @@ def run_name(config: Config) -> str:
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
         if f.name not in FREE | {"algo"} and value != f.default:
-            text = Path(value).stem if f.name in ("model", "data") else value
-            parts.append(f"{f.name}{text}")
+            if f.name == "model":
+                value = Path(value).name
+            if f.name == "data":
+                value = Path(value).stem
+            parts.append(f"{f.name}{value}")
     return "-".join(parts)
 
 
@@ -149,25 +152,23 @@ def train(config: Config) -> dict:
     """Run the whole training; returns the last step's metrics."""
     run, metrics = prepare(config), {}
     before = judge(run, run.base)
-    steps = range(run.first, config.steps)
-    bar = tqdm(steps, config.algo, initial=run.first, total=config.steps, dynamic_ncols=True,
-               disable=shard.rank() > 0)
-    for step in bar:
-        began = time.time()
-        with shard.together():
-            trajectories, sampled = roll_out(run, step)                # with outcomes and scores
-        rolled = time.time()
-        advantage = advantages(run, trajectories)                      # (N, L - 1)
-        batch = to_batch(trajectories, advantage, run.row)
-        updates = []
-        for _ in range(config.updates):
-            totals = accumulate(run.policy, run.optimiser, batch, run.row, config)
-            updates.append(take_step(run, batch, totals, step))
-        metrics = log(run, step, sampled, batch, updates, began, rolled, bar)
-        del trajectories, sampled, batch      # their features must not lie beside the next step's
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            checkpoint.save(run.out, step + 1, run.policy, run.optimisers, run.generator,
-                            settings(config))
+    bar = tqdm(range(run.first, config.steps), config.algo, initial=run.first, total=config.steps,
+               dynamic_ncols=True, disable=shard.rank() > 0)
+    with checkpoint.signals_noted() as stopped:               # Ctrl-C finishes the step
+        for step in bar:
+            began = time.time()
+            with shard.together():
+                trajectories, sampled = roll_out(run, step)            # with outcomes and scores
+            rolled = time.time()
+            advantage = advantages(run, trajectories)                  # (N, L - 1)
+            batch = to_batch(trajectories, advantage, run.row)
+            updates = []
+            for _ in range(config.updates):
+                totals = accumulate(run.policy, run.optimiser, batch, run.row, config)
+                updates.append(take_step(run, batch, totals, step))
+            metrics = log(run, step, sampled, batch, updates, began, rolled, bar)
+            del trajectories, sampled, batch  # their features must not lie beside the next step's
+            save_if_due(run, step, stopped())
     if run.tests:
         report(run, before, judge(run, run.policy))
     if shard.rank() == 0:
@@ -192,6 +193,7 @@ class Run:
     stream: "Questions"
     tests: list[Question]           # held out
     first: int = 0                  # steps done before, if it was resumed
+    diverged: int = 0               # updates in a row without a finite gradient
 
     @property
     def optimisers(self) -> list[shard.ShardedAdamW]:
@@ -210,6 +212,7 @@ def prepare(config: Config) -> Run:
         saved = checkpoint.newest(out) if config.resume else None
         if saved:
             checkpoint.check_settings(saved, settings(config), FREE)
+            checkpoint.verify(saved)
         stream, tests = Questions(config), held_out(config)
         start, dtype = checkpoint.newest(config.model), getattr(torch, config.dtype)
         base = Policy(start, device, dtype, config.coordinates or None)
@@ -228,6 +231,7 @@ def prepare(config: Config) -> Run:
     with shard.together():
         if shard.rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
+            checkpoint.lock(out)
             for name in ("metrics.jsonl", "trajectories.jsonl"):
                 checkpoint.keep_lines(out / name, run.first)
             if out != Path(config.out):
@@ -402,10 +406,30 @@ def take_step(run: Run, batch: Batch, totals: dict[str, float], step: int) -> di
     stats["changed"] = 0.
     if not stats["skipped"]:
         stats["changed"] = run.optimiser.step(stats["lr"])
+    run.diverged = 0 if math.isfinite(stats["grad_norm"]) else run.diverged + 1
+    if run.diverged == 3 or not_finite(run.policy.model):
+        what = "three gradients in a row" if run.diverged else "the new weights"
+        raise ValueError(f"step {step + 1}: {what} are not finite; lower --lr. {run.out} has the "
+                         "last good checkpoint, and in trajectories.jsonl what was sampled")
     if run.critic:
         lr = warm * config.critic_lr
         stats["value_loss"] = run.critic.update(batch.weight, lr, config.grad_clip)
     return stats
+
+
+# ---- save ----------------------------------------------------------------------------------------
+
+def save_if_due(run: Run, step: int, stopped: bool) -> None:
+    """A checkpoint every `save_every` steps, after the last one, and before the run stops because
+    some rank got Ctrl-C or SIGTERM. Not after a step that diverged: the older one is better."""
+    config, done = run.config, step + 1
+    stop = shard.all_sum(stopped, "MAX")
+    due = stop or done % config.save_every == 0 or done == config.steps
+    if due and not run.diverged:
+        checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))
+    if stop:
+        raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes "
+                                f"on from {checkpoint.newest(run.out)}")
 
 
 # ---- what a person sees --------------------------------------------------------------------------
@@ -414,11 +438,13 @@ def judge(run: Run, policy: Policy) -> dict[str, list[Trajectory]]:
     """This rank's part of the held-out questions, answered greedily and sampled."""
     mine, config = run.tests[shard.rank()::shard.ranks()], run.config
     quiet = shard.rank() > 0 or not sys.stderr.isatty()
+    # no more side by side than in a rollout, which fits in memory
+    batch = min(64, config.questions // shard.ranks() * config.group)
     answers = {}
     with shard.together():
         for name, temperature in (("greedy", 0.), ("sampled", 1.)) if mine else ():
             answers[name] = evaluate(policy, mine, run.scorer, temperature, 0, config.max_turns,
-                                     config.max_tokens, quiet=quiet)
+                                     config.max_tokens, batch, quiet)
     return answers
 
 
@@ -512,6 +538,8 @@ if __name__ == "__main__":
         train(parse_config())
         if shard.rank() == 0:
             print(f"{time.time() - started:.0f} s")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"\ntrain.py: {stop or 'stopped; --resume goes on from the last checkpoint'}")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"train.py: {shard.named(error)}")
     finally:

@@ -1,11 +1,13 @@
-"""TRL's side of `docs/bench.py`, part c: the same step with GRPOTrainer, one step for each line on standard input.
+"""TRL's side of docs/bench.py, part c: the same step with GRPOTrainer.
 
-TRL's own means are used throughout: multi-turn generation with `environment_factory` (one environment a rollout, its
-tool returns an image as a content block), `generate` on the CPU, GRPO's loss with beta 0, AdamW, the vision tower frozen
-as ours is. Tokens are the same as ours: the chat template below writes what policy.py writes, a turn ends at
+It takes one step for each line on standard input. TRL's own means are used throughout: multi-turn
+generation with `environment_factory` (one environment a rollout, its tool returns an image as a
+content block), `generate` on the CPU, GRPO's loss with beta 0, AdamW; the vision tower is frozen as
+ours is. Tokens are ours: the chat template below writes what lib/policy.py writes. A turn ends at
 </tool_call>, </answer> or <|im_end|>, and holds at most `max_tokens` tokens.
 
-Needs (in an environment of its own): torch transformers trl datasets accelerate pillow numpy jmespath
+Needs, in an environment of its own: torch transformers trl datasets accelerate pillow numpy
+jmespath. docs/bench.py starts it.
 """
 import json
 import os
@@ -22,7 +24,8 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, TrainerCallback
+from transformers import (AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
+                          TrainerCallback)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
@@ -30,32 +33,57 @@ from trl.chat_template_utils import qwen3_template
 
 from tiny.world import World, world_questions
 from reward import outcome
-from tools import Answer, Resolution, ToolError, fit, parse, parse_call, zoom
+from tools import Answer, Resolution, ToolError, fit, parse, parse_call, run_tool
 
+# Jinja: `{%-` and `-%}` swallow the line breaks beside them, so that lines can be cut here.
 CHAT = """{%- for message in messages %}
-{%- if message['role'] == 'tool' %}{{ '<|im_end|>\\n<|im_start|>user\\n<tool_response>' }}{% else %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% endif %}
-{%- if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}
-{%- if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}
-{%- for call in message.tool_calls or [] %}{% set call = call.function or call %}
-{{- '<tool_call>{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}</tool_call>' }}{% endfor %}
-{%- if message['role'] == 'tool' %}{{ '</tool_response>' }}{% endif %}
-{%- if not message.tool_calls %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- if message['role'] == 'tool' %}
+{{- '<|im_end|>\\n<|im_start|>user\\n<tool_response>' }}
+{%- else %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- endif %}
+{%- if message['content'] is string %}
+{{- message['content'] }}
+{%- else %}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else %}
+{{- part['text'] }}
+{%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{%- set call = call.function or call %}
+{{- '<tool_call>{"name": "' + call.name + '", "arguments": ' }}
+{{- (call.arguments | tojson) + '}</tool_call>' }}
+{%- endfor %}
+{%- if message['role'] == 'tool' %}
+{{- '</tool_response>' }}
+{%- endif %}
+{%- if not message.tool_calls %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
 
 
 class Processor(Qwen2_5_VLProcessor):
-    """Without the video part, which would ask for torchvision: PIL prepares the images, as in policy.py."""
+    """Without the video part, which asks for torchvision: PIL prepares images, as in our policy."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def status_mb(field: str) -> float:
     """VmRSS or VmHWM of this process (Linux)."""
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def main() -> None:
@@ -64,11 +92,12 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</tool_call>", "</answer>"])
-    tokenizer.eos_token, tokenizer.padding_side = "<|endoftext|>", "left"  # never written by the template, see _get_tool_suffix_ids
+    tokenizer.eos_token, tokenizer.padding_side = "<|endoftext|>", "left"   # no template writes it
     tokenizer.response_template = qwen3_template
     images = Qwen2VLImageProcessorPil.from_pretrained(model_path)
     processor = Processor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT)
-    resolution = Resolution(images.patch_size * images.merge_size, images.size["shortest_edge"], images.size["longest_edge"])
+    resolution = Resolution(images.patch_size * images.merge_size, images.size["shortest_edge"],
+                            images.size["longest_edge"], int(images.resample))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32)
     model.generation_config.eos_token_id = ends
     model.model.visual.requires_grad_(False)
@@ -82,7 +111,8 @@ def main() -> None:
     class Environment:
         def reset(self, index: int, **_):
             self.question, self.image, self.overview = scene(index)
-            return [{"type": "image", "image": self.overview}, {"type": "text", "text": self.question.prompt}]
+            return [{"type": "image", "image": self.overview},
+                    {"type": "text", "text": self.question.prompt}]
 
         def image_zoom_in_tool(self, label: str, bbox_2d: list[float]) -> list:
             """Zoom in on a region of the image.
@@ -91,19 +121,25 @@ def main() -> None:
                 label: What the region shows.
                 bbox_2d: [x1, y1, x2, y2] in pixels of the image.
             """
-            call = parse_call(json.dumps({"name": "image_zoom_in_tool", "arguments": {"label": label, "bbox_2d": bbox_2d}}), self.overview.size)
-            return [{"type": "image", "image": zoom(self.image, call, self.overview.size, resolution)[0]}]
+            arguments = {"label": label, "bbox_2d": bbox_2d}
+            text = json.dumps({"name": "image_zoom_in_tool", "arguments": arguments})
+            call = parse_call(text, self.overview.size)
+            crop, _ = run_tool(self.image, call, self.overview.size, resolution)
+            return [{"type": "image", "image": crop}]
 
     def reward(completion_ids, index, **_):
         scores = []
-        for text, i in zip(tokenizer.batch_decode(completion_ids), index):
+        texts = tokenizer.batch_decode(completion_ids)
+        for text, i in zip(texts, index):
+            question, _, overview = scene(i)
             try:
-                action = parse(text.rsplit("<|im_start|>assistant\n", 1)[-1], scene(i)[2].size)
+                action = parse(text.rsplit("<|im_start|>assistant\n", 1)[-1], overview.size)
             except ToolError:
                 action = None
-            scores.append(outcome(scene(i)[0], action.text if isinstance(action, Answer) else None))
+            answer = action.text if isinstance(action, Answer) else None
+            scores.append(outcome(question, answer))
         seen["tokens"] += sum(map(len, completion_ids))
-        seen["calls"] += sum(t.count("<tool_response>") for t in tokenizer.batch_decode(completion_ids))
+        seen["calls"] += sum(text.count("<tool_response>") for text in texts)
         seen["accuracy"] += sum(scores) / len(scores)
         return scores
 
@@ -115,26 +151,37 @@ def main() -> None:
             self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **_):
-            wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-            print("RESULT " + json.dumps({"wall": wall, "cpu": cpu, "peak_mb": status_mb("VmHWM") - baseline, **seen}), flush=True)
+            wall, cpu = self.start
+            result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
+                      "peak_mb": status_mb("VmHWM") - baseline, **seen}
+            print("RESULT " + json.dumps(result), flush=True)
 
     seen: dict = {}
-    system = json.loads((model_path / "agent.json").read_text(encoding="utf-8"))["system_prompt"]
-    opening = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": ""}]
-    rows = options["questions"] * options["group"]
+    agent = json.loads((model_path / "agent.json").read_text(encoding="utf-8"))
+    opening = [{"role": "user", "content": ""}]
+    if agent["system_prompt"]:
+        opening.insert(0, {"role": "system", "content": agent["system_prompt"]})
+    rows, turns = options["questions"] * options["group"], options["max_turns"]
     micro = min(options["micro_rows"], rows)
     arguments = GRPOConfig(
-        output_dir="/tmp/bench_trl", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        logging_steps=10**6, max_steps=options["steps"], per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
-        num_generations=options["group"], max_completion_length=options["max_turns"] * (options["max_tokens"] + 24),
-        generation_kwargs={"max_new_tokens": options["max_tokens"]}, max_tool_calling_iterations=options["max_turns"] - 1,
-        temperature=1.0, beta=0.0, loss_type="grpo", num_iterations=1, epsilon=.2, learning_rate=options["lr"], lr_scheduler_type="constant",
-        adam_beta2=.95, max_grad_norm=1., shuffle_dataset=False, dataloader_pin_memory=False, seed=0)
-    data = Dataset.from_list([{"prompt": opening, "index": i} for i in range(options["questions"] * options["steps"])])
-    trainer = GRPOTrainer(model=model, reward_funcs=[reward], args=arguments, train_dataset=data, processing_class=processor,
-                          environment_factory=Environment, callbacks=[OnDemand()])
+        output_dir="/tmp/bench_trl", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**6,
+        max_steps=options["steps"], per_device_train_batch_size=micro,
+        gradient_accumulation_steps=rows // micro, num_generations=options["group"],
+        max_completion_length=turns * (options["max_tokens"] + 24),
+        generation_kwargs={"max_new_tokens": options["max_tokens"]},
+        max_tool_calling_iterations=turns - 1, temperature=1.0, beta=0.0, loss_type="grpo",
+        num_iterations=1, epsilon=.2, learning_rate=options["lr"], lr_scheduler_type="constant",
+        adam_beta2=.95, max_grad_norm=1., shuffle_dataset=False, dataloader_pin_memory=False,
+        seed=0)
+    count = options["questions"] * options["steps"]
+    data = Dataset.from_list([{"prompt": opening, "index": i} for i in range(count)])
+    trainer = GRPOTrainer(model=model, reward_funcs=[reward], args=arguments, train_dataset=data,
+                          processing_class=processor, environment_factory=Environment,
+                          callbacks=[OnDemand()])
     baseline = status_mb("VmRSS")
-    print("RESULT " + json.dumps({"trl": trl.__version__, "transformers": transformers.__version__, "baseline_mb": baseline}), flush=True)
+    versions = {"trl": trl.__version__, "transformers": transformers.__version__}
+    print("RESULT " + json.dumps(versions | {"baseline_mb": baseline}), flush=True)
     trainer.train()
 
 

@@ -7,22 +7,26 @@
 What it teaches: a run can be killed at any moment. A checkpoint is written aside, and gets its name
 when it is complete and on the disk; only then does the older one go. What a run needs to go on
 *bit for bit*: the weights in float32 (the optimiser's masters), Adam's moments, and the state of
-every random stream.
+every random stream. A folder belongs to one process at a time (`lock`).
 
 Run it:  python -m lib.checkpoint runs/mapo        # what a run's folder holds
 """
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from lib import shard
-from lib.policy import Policy
+from lib.policy import Policy, not_finite
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -54,10 +58,39 @@ def choose_folder(folder: Path, resume: bool) -> Path:
         return found[-1]
     number = 1
     new = folder
-    while holds_a_run(new):
+    while holds_a_run(new) or owner(new):
         number += 1
         new = folder.with_name(f"{folder.name}-{number}")
     return new
+
+
+def lock(folder: Path) -> None:
+    """This process alone may write into the folder, until it ends, however it ends.
+
+    Raises ValueError if another one does."""
+    if process := owner(folder):
+        raise ValueError(f"{folder}: process {process} writes there; wait for its end, or choose "
+                         "another --out")
+    if folder not in LOCKS:
+        LOCKS[folder] = (folder / "lock").open("w")     # closing the file would unlock the folder
+        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX)
+        LOCKS[folder].write(str(os.getpid()))
+        LOCKS[folder].flush()
+
+
+LOCKS = {}
+
+
+def owner(folder: Path) -> str:
+    """The other process that holds the folder's lock, or ""."""
+    if folder in LOCKS or not (folder / "lock").is_file():
+        return ""
+    with (folder / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except OSError:
+            return file.read() or "?"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -77,9 +110,14 @@ def newest(folder: str | Path) -> Path:
 def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.ShardedAdamW],
          generator: torch.Generator, settings: dict) -> None:
     """Write folder/step-..: the model, and of each rank its part of the optimisers and its random
-    state. All ranks must call it. `settings` are the run's own, checked when it is resumed."""
+    state. All ranks must call it. `settings` are the run's own, checked when it is resumed.
+
+    Raises ValueError if weights are not finite, and OSError if the disk is full: then the older
+    checkpoint stays."""
     final, aside = folder / f"step-{step:06}", folder / "saving"
     with shard.together():
+        if bad := not_finite(policy.model):
+            raise ValueError(f"{final}: not saved, {len(bad)} weights are not finite ({bad[0]} ..)")
         if shard.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             policy.save(aside)
@@ -93,6 +131,7 @@ def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
         torch.save(state, aside / f"state-{shard.rank()}.pt")
     with shard.together():
         if shard.rank() == 0:
+            (aside / "sums.json").write_text(json.dumps(sums(aside), indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.sync()               # a power cut must find the content ..
             aside.rename(final)
@@ -100,6 +139,28 @@ def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
             for old in checkpoints(folder):
                 if old != final:
                     shutil.rmtree(old)
+
+
+def sums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file, by its name in the folder: what is damaged must not be gone on from."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total = 0
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                total = zlib.crc32(part, total)
+        found[str(path.relative_to(folder))] = total
+    return found
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises ValueError with the names of files that are not as they were saved."""
+    found = sums(checkpoint)
+    saved = json.loads((checkpoint / "sums.json").read_text())
+    wrong = [name for name in saved if found.get(name) != saved[name]]
+    if wrong:
+        raise ValueError(f"{checkpoint}: expected the files as they were saved, found "
+                         f"{', '.join(wrong)} missing or changed")
 
 
 def load(checkpoint: Path, optimisers: list[shard.ShardedAdamW], generator: torch.Generator) -> int:
@@ -152,6 +213,31 @@ def step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:                                       # torn by a kill
         return math.inf
+
+
+# ---- stopping ------------------------------------------------------------------------------------
+
+@contextmanager
+def signals_noted():
+    """Within it Ctrl-C and SIGTERM do not end the process: the function that it gives says whether
+    one came. A second one works as usual."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame) -> None:
+        came.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
 
 
 if __name__ == "__main__":

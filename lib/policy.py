@@ -327,13 +327,18 @@ def read_model(path: str | Path, dtype: torch.dtype) -> tuple:
         raise ValueError(f"{path}: cannot be loaded as a model: {error}") from error
     wrong = {"missing": found["missing_keys"], "unknown": found["unexpected_keys"],
              "of another shape": [name for name, *_ in found["mismatched_keys"]],
-             "not finite": [name for name, p in model.named_parameters() if not p.isfinite().all()]}
+             "not finite": not_finite(model)}
     for what, names in wrong.items():
         if names:
             named = ", ".join(sorted(names)[:5]) + (", .." if len(names) > 5 else "")
             raise ValueError(f"{path}: expected all weights of the model and no others, "
                              f"found {len(names)} {what}: {named}")
     return tokenizer, processor, model
+
+
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """The names of the weights that hold a NaN or an infinity."""
+    return [name for name, p in model.named_parameters() if not p.isfinite().all()]
 
 
 def harmless(text: str) -> str:

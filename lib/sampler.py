@@ -55,6 +55,9 @@ class Session:
             logp = self.policy.log_softmax(self.last, temperature or 1.0)  # (B, V)
             token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)  # (B,)
             chosen = logp.gather(-1, token[:, None])[:, 0]  # (B,)
+            if not chosen.isfinite().all():
+                raise ValueError("the model's probabilities are not finite: its weights are too "
+                                 "large; lower --lr, or take an earlier checkpoint")
             fed = [Tokens([]) for _ in self.next]
             for row, (i, value) in enumerate(zip(token.tolist(), chosen.tolist())):
                 if talking[row]:
@@ -89,7 +92,7 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
     542 words. u > 0, so that a token of probability 0 never comes."""
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     u = 1 - torch.rand(len(logp), 1, generator=generator, dtype=torch.float64, device=logp.device)
-    return torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
+    return torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0].clamp(max=logp.shape[1] - 1)   # if NaN
 
 
 def ends_turn(ids: list[int], policy: Policy) -> bool:

@@ -12,6 +12,7 @@ it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; st
 
 1. backward: a gradient is summed over the ranks as soon as it exists, in float32. Each rank keeps
    1/N of the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.
+   (With shared prompts, lib/policy.py, it exists only when backward has passed the prompts, too.)
 2. step: AdamW on the 1/N, in float32. An update of 1e-6 is lost in a bf16 weight of 0.1, but not in
    the master.
 3. The masters, cast to the model's dtype, become every rank's model again (all-gather).

@@ -4,6 +4,8 @@ import json
 import os
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +103,8 @@ class Trained:
         self.head = torch.nn.Parameter(torch.zeros(3))
         self.optimisers = [ShardedAdamW([self.weights]), ShardedAdamW([self.head])]
         self.generator = torch.Generator().manual_seed(0)
-        self.policy = SimpleNamespace(save=self.save_model)
+        model = torch.nn.ParameterList([self.weights, self.head])
+        self.policy = SimpleNamespace(save=self.save_model, model=model)
 
     def save_model(self, folder: Path) -> None:
         folder.mkdir()
@@ -151,7 +154,7 @@ def test_only_the_newest_stays(tmp_path):
     files = {str(path.relative_to(tmp_path / "step-000010"))
              for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"model", "train.json", "state-0.pt", "optimiser-0/optimiser-0-of-1.pt",
-                     "optimiser-1/optimiser-0-of-1.pt"}
+                     "optimiser-1/optimiser-0-of-1.pt", "sums.json"}
 
 
 class Killed(BaseException):
@@ -294,3 +297,76 @@ def test_the_demonstration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="none: holds no run"):
         runpy.run_path(str(ROOT / "lib/checkpoint.py"), run_name="__main__")
+
+
+# ---- one process a folder, whole files, signals --------------------------------------------------
+
+HOLD = """import sys, time
+from pathlib import Path
+from lib.checkpoint import lock
+lock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)"""
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    """The second process is refused by name; a new run takes the next folder; a killed process
+    holds nothing."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"run: process {holder.pid} writes there"):
+            checkpoint.lock(tmp_path / "run")
+        assert checkpoint.choose_folder(tmp_path / "run", resume=False).name == "run-2"
+    finally:
+        holder.kill()
+        holder.wait()
+    checkpoint.lock(tmp_path / "run")
+    checkpoint.lock(tmp_path / "run")                    # it is ours already
+    assert checkpoint.choose_folder(tmp_path / "other", resume=False).name == "other"
+
+
+@pytest.fixture
+def saved(policy, tmp_path):
+    """A checkpoint of tiny/ without an optimiser, as a run writes it."""
+    checkpoint.save(tmp_path, 3, policy, [], torch.Generator(), {"lr": 1.})
+    return checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state-0.pt", "tokenizer.json",
+                                  "train.json"])
+def test_a_changed_file_is_named(saved, file):
+    """One byte, somewhere in the middle; or the file is gone."""
+    checkpoint.verify(saved)
+    content = bytearray((saved / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"as they were saved, found {file} missing or changed"):
+        checkpoint.verify(saved)
+    (saved / file).unlink()
+    with pytest.raises(ValueError, match=f"found {file} missing"):
+        checkpoint.verify(saved)
+
+
+def test_weights_that_are_not_finite_are_never_saved(policy, saved, tmp_path, monkeypatch):
+    weight = policy.model.lm_head.weight
+    value = weight.data[3, 5].clone()
+    weight.data[3, 5] = float("nan")
+    try:
+        with pytest.raises(ValueError, match="step-000004: not saved, .* not finite"):
+            checkpoint.save(tmp_path, 4, policy, [], torch.Generator(), {})
+    finally:
+        weight.data[3, 5] = value
+    assert checkpoint.newest(tmp_path) == saved
+
+
+def test_the_first_signal_is_noted_and_the_second_ends():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), checkpoint.signals_noted() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -3,8 +3,10 @@ that are killed and go on bit for bit, and settings that are checked before anyt
 import dataclasses
 import json
 import math
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +194,8 @@ def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
     learner, row, part = Learner(), mapo.ALGORITHMS["mapo"], trajectories[:4]
     config = Config(lr=1e-3, grad_clip=1e-3)
     optimiser = shard.ShardedAdamW(learner.parameters)
-    run = SimpleNamespace(config=config, optimiser=optimiser, critic=None)
+    run = SimpleNamespace(config=config, optimiser=optimiser, critic=None, policy=learner.policy,
+                          diverged=0, out="runs/x")
     start = weights_of(learner)
 
     def step(A: list[float], number: int) -> dict:
@@ -212,6 +215,10 @@ def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
     assert 1.9e-4 < moves.max() < 2.1e-4
     later = [step([1., -1., 1., -1.], number)["lr"] for number in (3, 4, 50)]
     assert later == pytest.approx([8e-4, 1e-3, 1e-3])
+    for number in range(2):                               # a third in a row stops the run
+        step([math.nan, 1., -1., 1.], number)
+    with pytest.raises(ValueError, match="step 8: three gradients in a row are not finite"):
+        step([math.nan, 1., -1., 1.], 7)
 
 
 # ---- dynamic sampling ----------------------------------------------------------------------------
@@ -565,3 +572,25 @@ def test_the_real_command(tmp_path):
     assert {"text", "box", "label", "score"} <= set(line["turns"][0])
     base = json.loads(files["step-000001/train.json"])["model"]
     assert base == str(ROOT / "tiny")                     # from any working directory
+
+
+def test_a_step_that_is_too_large_is_not_saved(tmp_path, monkeypatch):
+    """--lr 1e38: the weights are finite, but no probability is. The run stops, and says so."""
+    words = f"--steps 9 --questions 1 --group 2 --eval_questions 0 --save_every 1 --lr 1e38"
+    with pytest.raises(SystemExit, match="are not finite.*lower --lr"):
+        main(monkeypatch, *words.split(), "--out", str(tmp_path / "wild"))
+    assert checkpoint.checkpoints(tmp_path / "wild") == []
+
+
+def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch):
+    """SIGTERM during the first of nine steps: a checkpoint of one step, from which it goes on."""
+    original = training.roll_out
+
+    def roll_out(run, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, step)
+
+    monkeypatch.setattr(training, "roll_out", roll_out)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1; .* --resume"):
+        train(small(tmp_path / "run", steps=9, save_every=5))
+    assert checkpoint.newest(tmp_path / "run").name == "step-000001"
