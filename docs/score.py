@@ -66,9 +66,9 @@ def brier(contrast: Tensor, truth: np.ndarray, sharpness: float, threshold: floa
 
 
 def sweep(contrast: Tensor, truth: np.ndarray) -> None:
-    print("\n| Brier score: sharpness, threshold | "
-          + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |\n|---" * 1 + "|---" * len(THRESHOLDS)
-          + "|")
+    columns = " | ".join(f"{t:g}" for t in THRESHOLDS)
+    print(f"\n| sharpness (down), threshold | {columns} |")
+    print("|---" * (1 + len(THRESHOLDS)) + "|")
     for sharpness in SHARPNESSES:
         row = [f"{brier(contrast, truth, sharpness, t):.3f}" for t in THRESHOLDS]
         print(f"| {sharpness:g} | " + " | ".join(row) + " |")
