@@ -34,9 +34,9 @@ from lib import benchmarks, shard
 from lib.checkpoint import append, lock, newest
 from lib.data import DataError, Question
 from lib.policy import Policy, Tokens
-from reward import Scorer, answerable, measure, outcome, score_looks
+from reward import Scorer, answerable, astray, grounded, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
-from show import film_strip, stack
+from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
 from tools import Call
 
@@ -146,16 +146,20 @@ def letter(question: Question, answer: str | None) -> str:
 # ---- trajectories on disk ------------------------------------------------------------------------
 
 def record(trajectory: Trajectory) -> dict:
-    """A trajectory as one JSON object, for a .jsonl file."""
+    """A trajectory as one JSON object, for a .jsonl file. Of a crop only its size (width, height)
+    is kept: show.py cuts it again. hit, astray: as in reward.py; null where nothing is known."""
     question, turns = trajectory.question, []
     for turn in trajectory.turns:
         call = turn.call
+        strayed = astray(turn, question) if call and question.objects else None
         turns.append({"text": turn.text, "tool": call and call.tool, "label": call and call.label,
-                      "arguments": call and call.arguments, "box": turn.box, "score": turn.score,
-                      "error": turn.error})
-    return {"id": question.id, "question": question.text, "choices": question.choices,
-            "right": question.answer, "answer": trajectory.answer, "end": trajectory.end,
-            "correct": outcome(question, trajectory.answer), "seen": trajectory.seen,
+                      "arguments": call and call.arguments, "box": turn.box,
+                      "crop": turn.crop and turn.crop.size, "score": turn.score,
+                      "astray": strayed, "error": turn.error, "message": turn.message})
+    return {"id": question.id, "category": question.category, "question": question.text,
+            "choices": question.choices, "right": question.answer, "answer": trajectory.answer,
+            "end": trajectory.end, "correct": outcome(question, trajectory.answer),
+            "hit": grounded(trajectory) if question.boxes else None, "seen": trajectory.seen,
             "space": trajectory.space, "turns": turns}
 
 
@@ -165,7 +169,7 @@ def restore(saved: dict, question: Question) -> Trajectory:
     for turn in saved["turns"]:
         call = turn["tool"] and Call(turn["tool"], turn["label"], turn["arguments"])
         turns.append(Turn(turn["text"], slice(0, 0), call, turn["box"], error=turn["error"],
-                          score=turn["score"]))
+                          message=turn.get("message", ""), score=turn["score"]))
     return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
                       turns, saved["answer"], saved["end"])
 
@@ -316,13 +320,14 @@ def run(args: argparse.Namespace) -> None:
     if shard.rank() == 0:
         saved = read_predictions(out)
         trajectories = [restore(saved[n], question) for n, question in enumerate(questions)]
-        if name:
-            print(benchmark_table(name, trajectories))
-        else:
-            print(table(summary(trajectories, questions)))
+        rows = summary(trajectories, questions)
+        print(benchmark_table(name, trajectories) if name else table(rows))
         print(histogram(trajectories))
-        films = out / "films.png"
-        print(f"saved {out}/predictions-*.jsonl" + (f" and {films}" if films.is_file() else ""))
+        moment = "evaluated greedy" if args.temperature == 0 else "evaluated sampled"
+        results = {moment: {**rows["all"], "categories": rows}}
+        (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        films = f", {out}/films.png" if (out / "films.png").is_file() else ""
+        print(f"saved {out}/predictions-*.jsonl{films}; look at it: {write_page([out])}")
 
 
 def main() -> None:

@@ -1,26 +1,37 @@
-"""What a person looks at: one trajectory as a film strip, and as text.
+"""What a person looks at: film strips, transcripts, one page of one or several runs.
 
 What it teaches: look at what an agent does before you believe its numbers. A film strip has one
 frame for each look. On its left is the overview, as coarse as the agent saw it, with the box of the
 look; on its right is the crop that came back. Below them stand the label, which the agent wrote
-before it saw the crop, and the look's semantic score.
+before it saw the crop, and the look's semantic score. The page has curves, tables, the same
+held-out questions at several steps, and trajectories to page through.
 
 Run it:  python show.py                               # one trajectory of tiny/ in text; 5 s
          python show.py --model runs/mapo --index 3   # its film strip is in runs/show.png
+         python show.py runs/mapo runs/grpo           # both side by side: runs/mapo/page.html
+         python show.py --text runs/mapo --step 20    # what the agent did at that step
+         python show.py --gif runs/mapo               # watch it learn: runs/mapo/watch.gif
 """
 import argparse
+import re
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lib import benchmarks, page
+from lib.data import DataError, Question
+from lib.page import SIDE, draw_box, enlarge, stack
 from lib.policy import Policy
+from lib.views import SHORT, read_run, read_settings, tell, text
 from rollout import Trajectory, collect
 from tiny.world import World, world_question
 
-SIDE = 192                    # longer side of each picture in a film strip, in pixels
-FRAME = 2 * SIDE + 24         # width of a frame: the overview, the crop, and space
+FRAME = 2 * SIDE + 24         # width of a film strip's frame: the overview, the crop, and space
 
+
+# ---- one trajectory ------------------------------------------------------------------------------
 
 def film_strip(trajectory: Trajectory, title: str = "") -> Image.Image:
     """The trajectory as a picture, one frame for each look. Its looks need their crops."""
@@ -52,33 +63,6 @@ def film_strip(trajectory: Trajectory, title: str = "") -> Image.Image:
     return strip
 
 
-def enlarge(image: Image.Image) -> Image.Image:
-    """The longer side becomes SIDE pixels. Nothing is smoothed: one sees how coarse it is."""
-    scale = SIDE / max(image.size)
-    size = [max(round(side * scale), 1) for side in image.size]
-    return image.resize(size, Image.NEAREST)
-
-
-def draw_box(pen: ImageDraw.ImageDraw, box: tuple, scale: tuple, corner: tuple) -> None:
-    """A box in pixels of the original, on a picture that is scale (x, y) times as large and has its
-    upper left corner at `corner`. White within black shows on any ground."""
-    x1, x2 = (corner[0] + x * scale[0] for x in (box[0], box[2]))
-    y1, y2 = (corner[1] + y * scale[1] for y in (box[1], box[3]))
-    pen.rectangle((x1, y1, x2, y2), outline="white")
-    pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black")
-
-
-def stack(strips: list[Image.Image]) -> Image.Image:
-    """Film strips, one below the other."""
-    width = max(strip.width for strip in strips)
-    page = Image.new("RGB", (width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        page.paste(strip, (0, top))
-        top += strip.height
-    return page
-
-
 def transcript(policy: Policy, trajectory: Trajectory) -> str:
     """The whole trajectory as text, images as [image height x width], in placeholders."""
     text = policy.decode(trajectory.tokens.ids)
@@ -87,12 +71,58 @@ def transcript(policy: Policy, trajectory: Trajectory) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show one trajectory.")
-    parser.add_argument("--model", default="tiny", help="a model directory")
-    parser.add_argument("--index", type=int, default=0, help="of the held-out question")
-    parser.add_argument("--temperature", type=float, default=0., help="0 is greedy")
-    args = parser.parse_args()
+# ---- runs ----------------------------------------------------------------------------------------
+
+def write_page(folders: list[str | Path]) -> Path:
+    """One page of the runs, in the first one's folder. train.py calls this while it runs."""
+    folders, runs, pictures = [Path(folder) for folder in folders], [], []
+    for folder in folders:
+        run = read_run(folder, len(folders))
+        for views in (run["watched"], run["trajectories"]):
+            page.add_pictures(views, find_questions(views, folder), pictures)
+        if len({path.resolve().name for path in folders}) < len(folders):
+            run["name"] = text(str(folder), SHORT)
+        runs.append(run)
+    file = folders[0] / "page.html"
+    page.write(runs, pictures, file)
+    return file
+
+
+def write_animation(folder: Path) -> Path:
+    """The watched questions of a run as a GIF, in its folder."""
+    watched, file = read_run(folder)["watched"], folder / "watch.gif"
+    if not watched:
+        raise FileNotFoundError(f"{folder}: expected watched.jsonl of a run of train.py")
+    page.animate(watched, find_questions(watched, folder), file)
+    return file
+
+
+def find_questions(views: list[dict], folder: Path) -> dict[str, Question]:
+    """The views' questions by id: from the run's files, or drawn again by the world. Those that are
+    not there any more are left out."""
+    settings, found = read_settings(folder), {}
+    if not views:
+        return found
+    held_out = views[0]["source"] == "held out"
+    file = (held_out and settings.get("test")) or settings.get("data")
+    wanted = {view["id"] for view in views}
+    try:
+        if file:
+            every = benchmarks.load(file)[1]
+            return {question.id: question for question in every if question.id in wanted}
+        world = World(options=settings.get("options", 4))
+        for name in wanted:
+            if match := re.fullmatch(r"(train|test)-(\d{1,9})-(\d{1,15})", name):
+                found[name] = world_question(world, int(match[2]), match[1], int(match[3]))
+    except (DataError, OSError, TypeError, ValueError) as error:
+        print(f"{folder}: no pictures: {str(error)[:200]}", file=sys.stderr)
+    return found
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def show_one(args: argparse.Namespace) -> None:
+    """A trajectory of a model, in text and as a film strip."""
     torch.set_num_threads(1)
     policy = Policy(args.model)
     question = world_question(World(), seed=0, split="test", index=args.index)
@@ -104,6 +134,29 @@ def main() -> None:
     Path("runs").mkdir(exist_ok=True)
     film_strip(t).save("runs/show.png")
     print("film strip: runs/show.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs: one page of them all")
+    parser.add_argument("--text", action="store_true", help="a step's trajectories instead")
+    parser.add_argument("--step", type=int, default=0, help="which step, with --text")
+    parser.add_argument("--gif", action="store_true", help="an animation of the first run instead")
+    parser.add_argument("--model", default="tiny", help="without runs: a model directory")
+    parser.add_argument("--index", type=int, default=0, help="of the held-out question")
+    parser.add_argument("--temperature", type=float, default=0., help="0 is greedy")
+    args = parser.parse_args()
+    if not args.runs:
+        if args.text or args.gif:
+            parser.error("--text and --gif: expected the folder of a run")
+        return show_one(args)
+    try:
+        if args.text:
+            print(tell(args.runs[0], args.step))
+        else:
+            print(write_animation(args.runs[0]) if args.gif else write_page(args.runs))
+    except OSError as error:
+        sys.exit(f"show.py: {error}")
 
 
 if __name__ == "__main__":

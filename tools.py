@@ -14,6 +14,7 @@ one is added there and nowhere else (docs/extending.md shows how).
 
 Run it:  python tools.py            # good and bad calls, and what the agent gets back; 1 s
 """
+import functools
 import json
 import math
 import re
@@ -136,10 +137,17 @@ VAGUE = frozenset("""a an the this that these those it its he she they them ther
     full main interest relevant question answer left right top bottom upper lower center centre
     middle corner side small large big tiny""".split())
 
-# Characters that show nothing, whatever their category: fillers, and variation selectors.
+# Characters that show nothing, whatever their category: fillers, blanks, and variation selectors.
 SELECTORS = [*range(0x180b, 0x1810), *range(0xfe00, 0xfe10), *range(0xe0100, 0xe01f0)]
-BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800" + "".join(map(chr, SELECTORS))
+BLANK = ("\u034f\u115f\u1160\u17b4\u17b5\u2800\ufffc\U00013441\U00013442\U00016fe4\U0001d159"
+         + "".join(map(chr, SELECTORS)))
 INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Cn")   # control, format, private, surrogate, unassigned
+
+# What looks like < or >, and the letters that other scripts' letters and digits look like.
+ANGLES = ("<>\u02c2\u02c3\u1433\u1438\u16b2\u2039\u203a\u276c\u276d\u276e\u276f\u2770\u2771\u27e8"
+          "\u27e9\u29fc\u29fd\u3008\u3009")
+LOOK_ALIKES = str.maketrans("аеорсухѕԁһкмнтвіјӏ" "αορνιτκυχεημβ" "ıɑɡl" "0134579",
+                            "aeopcyxsdhkmhtbiji" "aopvitkuxehmb" "iagi" "oieastg")
 
 
 def check_label(label: object) -> str:
@@ -152,7 +160,7 @@ def check_label(label: object) -> str:
     if any(unicodedata.category(c) in INVISIBLE or c in BLANK for c in label):
         message = "the label holds control, invisible or private characters."
         raise ToolError("label_characters", message)
-    if "<" in label or ">" in label:
+    if any(c in ANGLES for c in label):
         raise ToolError("label_markup", "the label must be plain words, without < or >.")
     label = " ".join(label.split())
     words = re.findall(r"[^\W_]+", label.lower())
@@ -161,10 +169,26 @@ def check_label(label: object) -> str:
     if len(label) > MAX_LABEL_CHARS or len(label.split()) > MAX_LABEL_WORDS:
         raise ToolError("long_label", f"the label is too long: at most {MAX_LABEL_WORDS} words "
                                       f"and {MAX_LABEL_CHARS} characters.")
-    if all(word in VAGUE for word in words):
+    if is_vague(words):
         message = "the label fits any picture. Name the object that you are looking for."
         raise ToolError("vague_label", message)
     return label
+
+
+def is_vague(words: list[str]) -> bool:
+    """Only words of VAGUE: also as "0bjéct", and what is left also in pieces, as "ob ject"."""
+    vague = {fold(word) for word in VAGUE}
+    left = fold("".join(word for word in words if fold(word) not in vague))
+    parts = "|".join(word for word in vague if len(word) > 2)   # "in box" is none of them
+    return re.fullmatch(f"({parts})*", left) is not None
+
+
+@functools.lru_cache(maxsize=1000)
+def fold(word: str) -> str:
+    """Letters that look alike become one, and lose their accents. A number stays a number."""
+    if word.isdigit():
+        return word
+    return re.sub(r"\W", "", unicodedata.normalize("NFD", word).translate(LOOK_ALIKES))
 
 
 # ---- pixels --------------------------------------------------------------------------------------

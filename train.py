@@ -47,9 +47,10 @@ from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
 from lib.data import DataError, Question, read_jsonl
 from lib.policy import Policy, not_finite
+from lib.views import closing
 from reward import Scorer, answerable, measure, rewards, score_looks
 from rollout import Trajectory, collect
-from show import film_strip, stack
+from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
 
 
@@ -93,11 +94,12 @@ class Config:
     coordinates: str = option("", "of boxes: pixels or 1000 (thousandths); default: the model's")
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
+    quiet: bool = option(False, "print nothing before the closing summary but a collapse")
 
 
 # A resumed run may change these; they are no part of a run's default name either.
 FREE = {"steps", "out", "resume", "save_every", "eval_questions", "eval_start", "test", "device",
-        "recompute", "micro_tokens"}
+        "recompute", "micro_tokens", "quiet"}
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -152,8 +154,10 @@ def train(config: Config) -> dict:
     """Run the whole training; returns the last step's metrics."""
     run, metrics = prepare(config), {}
     before = judge(run, run.base)
+    if run.first == 0:
+        watch(run, 0)
     bar = tqdm(range(run.first, config.steps), config.algo, initial=run.first, total=config.steps,
-               dynamic_ncols=True, disable=shard.rank() > 0)
+               dynamic_ncols=True, disable=no_bar(config))
     with checkpoint.signals_noted() as stopped:               # Ctrl-C finishes the step
         for step in bar:
             began = time.time()
@@ -171,9 +175,9 @@ def train(config: Config) -> dict:
             save_if_due(run, step, stopped())
     if run.tests:
         report(run, before, judge(run, run.policy))
+        show_page(run)
     if shard.rank() == 0:
-        print(f"\nsaved in {run.out}: the model {checkpoint.newest(run.out).name}, metrics.jsonl, "
-              "trajectories.jsonl" + (", results.json, films.png" if run.tests else ""))
+        print(closing(run.out))
     return metrics
 
 
@@ -232,7 +236,7 @@ def prepare(config: Config) -> Run:
         if shard.rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.lock(out)
-            for name in ("metrics.jsonl", "trajectories.jsonl"):
+            for name in ("metrics.jsonl", "trajectories.jsonl", "watched.jsonl"):
                 checkpoint.keep_lines(out / name, run.first)
             if out != Path(config.out):
                 print(f"the run's folder is {out}" + ("" if saved else f": {config.out} holds one"))
@@ -426,7 +430,9 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     stop = shard.all_sum(stopped, "MAX")
     due = stop or done % config.save_every == 0 or done == config.steps
     if due and not run.diverged:
+        watch(run, done)
         checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))
+        show_page(run)
     if stop:
         raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes "
                                 f"on from {checkpoint.newest(run.out)}")
@@ -437,7 +443,7 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
 def judge(run: Run, policy: Policy) -> dict[str, list[Trajectory]]:
     """This rank's part of the held-out questions, answered greedily and sampled."""
     mine, config = run.tests[shard.rank()::shard.ranks()], run.config
-    quiet = shard.rank() > 0 or not sys.stderr.isatty()
+    quiet = no_bar(config)
     # no more side by side than in a rollout, which fits in memory
     batch = min(64, config.questions // shard.ranks() * config.group)
     answers = {}
@@ -448,9 +454,43 @@ def judge(run: Run, policy: Policy) -> dict[str, list[Trajectory]]:
     return answers
 
 
+def no_bar(config: Config) -> bool:
+    return shard.rank() > 0 or config.quiet or not sys.stderr.isatty()
+
+
+def watch(run: Run, step: int) -> None:
+    """Answer a handful of held-out questions greedily, the same ones every time: what was learnt
+    can be watched. One line a trajectory in watched.jsonl."""
+    config = run.config
+    with shard.together():
+        if shard.rank() == 0:
+            batch = config.questions // shard.ranks() * config.group
+            watched = evaluate(run.policy, handful(run.tests), run.scorer, 0., 0,
+                               config.max_turns, config.max_tokens, batch)
+            checkpoint.append(run.out / "watched.jsonl",
+                              [{"step": step, **record(trajectory)} for trajectory in watched])
+
+
+def show_page(run: Run) -> None:
+    """Write the run's page anew: a browser's reload shows the run as it is now."""
+    with shard.together():
+        if shard.rank() == 0:
+            write_page([run.out])
+
+
+def handful(questions: list[Question], count: int = 6) -> list[Question]:
+    """The first question of each category, then the first others; in their own order."""
+    first = {}
+    for i, question in enumerate(questions):
+        first.setdefault(question.category, i)
+    others = [i for i in range(len(questions)) if i not in first.values()]
+    return [questions[i] for i in sorted([*first.values(), *others][:count])]
+
+
 def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: list[dict],
         began: float, rolled: float, bar: tqdm) -> dict:
-    """A line of metrics.jsonl, three whole trajectories, the bar, and a collapse in words.
+    """A line of metrics.jsonl, three whole trajectories, the bar, and a collapse in words. Where
+    there is no terminal for a bar, each step prints a line.
 
     The statistics are those of the last update, but for logp_gap: by how much sampler and trainer
     disagree shows before the first one has moved the policy."""
@@ -472,7 +512,10 @@ def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: l
         line = {"step": step + 1, "advantage": of_turns, **record(trajectory)}
         checkpoint.append(run.out / "trajectories.jsonl", [line])
     shown = [(name, metrics[name]) for name in ("accuracy", "calls", "hit", "gap", "semantic")]
-    bar.set_postfix_str("  ".join(f"{name} {v:.2f}" for name, v in shown if v is not None))
+    words = "  ".join(f"{name} {v:.2f}" for name, v in shown if v is not None)
+    bar.set_postfix_str(words)
+    if bar.disable and not config.quiet:
+        print(f"step {step + 1}/{config.steps}  {words}  {seconds:.1f} s", flush=True)
     if trouble := collapse(metrics):
         tqdm.write(f"step {step + 1}: collapse: {trouble}")
     return metrics
@@ -511,16 +554,10 @@ def report(run: Run, before: dict, after: dict) -> None:
             m = rows["all"]
             interval = wilson(m["accuracy"] * m["n"], m["n"])
             results[f"{moment} {name}"] = {**m, "interval": interval, "categories": rows}
-            if main:
+            if main and not run.config.quiet:
                 print(f"\n{moment} training, {name}\n{table(rows)}")
     if not main:
         return
-    columns = [(name, key) for name in ("greedy", "sampled") for key in ("accuracy", "gap")]
-    print(f"\n{'held out':10}" + "".join(f"{name + ', ' + key:>22}" for name, key in columns))
-    for moment in ("before", "after"):
-        values = [results[f"{moment} {name}"][key] for name, key in columns]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        print(f"{moment:10}" + "".join(f"{cell:>22}" for cell in cells))
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
     first = {}                                 # the first question of each category, at most four
     for i, trajectory in enumerate(before["greedy"]):

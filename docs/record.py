@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
 TRAIN = [sys.executable, "train.py"]
-SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "eval.py",
-                "tiny/world.py", "lib/*.py")
+SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
+                "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
+                "lib/shard.py", "lib/data.py")
 FIRST_CODE = "of b5b2c7e to 98873e0"      # the commits of the lines that name no code
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "entropy",
           "clip_fraction", "seconds", "sampled")
@@ -41,8 +42,7 @@ def origin(run: dict) -> tuple[str, str]:
 def present() -> tuple[str, str]:
     """(start, code) of a run that begins now."""
     start = hashlib.sha256((ROOT / "tiny/model.safetensors").read_bytes()).hexdigest()[:8]
-    files = [path for pattern in SHAPES_A_RUN for path in sorted(ROOT.glob(pattern))]
-    code = "\n".join(statements(path.read_text()) for path in files)
+    code = "\n".join(statements((ROOT / name).read_text()) for name in SHAPES_A_RUN)
     return start, hashlib.sha256(code.encode()).hexdigest()[:8]
 
 

@@ -29,61 +29,70 @@ from pathlib import Path
 from statistics import fmean
 from typing import BinaryIO
 
-from lib.data import (DataError, Question, choose, expect, image_opener, normalise, read_jsonl,
-                      show_count)
+from lib.data import (DataError, Question, choose, describe, expect, image_opener, is_text,
+                      listed, normalise, noted, read_jsonl)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ["index", "image", "question", "answer", "category"]
 MORE_COLUMNS = {"HR-Bench": ["A", "B", "cycle_category"],      # the first that a file has all of
                 "MME-RealWorld-Lite": ["multi-choice options", "l2-category"], "V*": ["A", "B"]}
 VSTAR_FIELDS = {"image", "text", "label", "category", "question_id"}   # of test_questions.jsonl
-MAX_FIELD = 2**29   # characters; the csv module's own limit is shorter than most images
+MAX_ROW = 2**27     # bytes: a quote that is never closed must not swallow a file of gigabytes
+BOM = b"\xef\xbb\xbf"
 
 
 # ---- files -> questions --------------------------------------------------------------------------
 
-def load(path: str | Path) -> tuple[str, list[Question]]:
+def load(path: str | Path, bad: list[DataError] | None = None) -> tuple[str, list[Question]]:
     """The benchmark's name and its questions; "" for your own .jsonl (lib/data.py).
 
-    Raises DataError with file, row, field, what was found and what was expected."""
+    bad: takes the errors of rows, which are left out; None: the first is raised. Raises DataError
+    with file, row, field, what was found and what was expected."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a benchmark's .tsv, or a .jsonl")
     with path.open("rb") as file:
         first = file.readline(2**20)
-    if b"\t" in first and not first.lstrip(b"\xef\xbb\xbf").startswith(b"{"):
-        return read_tsv(path)
+    if b"\t" in first and not first.removeprefix(BOM).startswith(b"{"):
+        return read_tsv(path, bad)
     try:
         is_vstar = VSTAR_FIELDS <= set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         is_vstar = False   # read_jsonl says what is wrong
-    return ("V*", read_vstar(path)) if is_vstar else ("", list(read_jsonl(path)))
+    return ("V*", read_vstar(path, bad)) if is_vstar else ("", list(read_jsonl(path, bad)))
 
 
-def read_tsv(path: Path) -> tuple[str, list[Question]]:
+def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Question]]:
     """One pass over the file, with one row in memory at a time."""
     questions, openers, borrowed = [], {}, []
     with path.open("rb") as file:
-        columns = [column.lstrip("\ufeff").strip() for column in read_row(file, f"{path}:1")]
+        file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
+        columns = [column.strip() for column in read_row(file, f"{path}:1")]
         names = [name for name, more in MORE_COLUMNS.items() if {*COLUMNS, *more} <= {*columns}]
         known = f"{COLUMNS} and those of one of {MORE_COLUMNS}"
         expect(names, f"{path}:1", "columns", known, columns)
-        for where, offset, row in read_rows(file, columns):
-            question, image = tsv_question(names[0], row, where), row["image"].strip()
-            if len(image) <= 64 and image.isdigit():   # the index of the row that holds the image
-                borrowed.append((question, image, where))
-            else:
-                again = functools.partial(read_image_field, path, offset, columns.index("image"))
-                question.open = image_opener(image, path.parent, where, again)
-                openers.setdefault(question.id, question.open)
-            questions.append(question)
-    for question, index, where in borrowed:            # that row may stand below
-        expect(index in openers, where, "image", "base64, or the index of a row with one", index)
-        question.open = openers[index]
-    return names[0], questions
+        for where, offset, fields in read_rows(file):
+            with noted(bad):
+                row = dict(zip(columns, fields))
+                expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
+                question, image = tsv_question(names[0], row, where), row["image"].strip()
+                if len(image) <= 64 and image.isdigit():   # the index of the row with the image
+                    borrowed.append((question, image))
+                else:
+                    column = columns.index("image")
+                    again = functools.partial(read_image_field, path, offset, column)
+                    question.open = image_opener(image, path.parent, where, again)
+                    openers.setdefault(question.id, question.open)
+                questions.append(question)
+    for question, index in borrowed:                       # that row may stand below
+        with noted(bad):
+            found = index in openers
+            expect(found, question.where, "image", "base64, or the index of a row with one", index)
+            question.open = openers[index]
+    return names[0], [question for question in questions if question.open]
 
 
-def read_rows(file: BinaryIO, columns: list[str]) -> Iterator[tuple[str, int, dict[str, str]]]:
+def read_rows(file: BinaryIO) -> Iterator[tuple[str, int, list[str]]]:
     """Each row below the header: where it stands, its byte offset, its fields."""
     for number in count(2):                            # rows, not lines: a row may take several
         offset = file.tell()
@@ -91,11 +100,8 @@ def read_rows(file: BinaryIO, columns: list[str]) -> Iterator[tuple[str, int, di
         fields = read_row(file, where)
         if fields is None:
             return
-        if fields == [""]:
-            continue
-        if len(fields) != len(columns):
-            raise DataError(f"{where}: expected {len(columns)} fields, found {len(fields)}")
-        yield where, offset, dict(zip(columns, fields))
+        if fields != [""]:
+            yield where, offset, fields
 
 
 def read_row(file: BinaryIO, where: str) -> list[str] | None:
@@ -104,16 +110,26 @@ def read_row(file: BinaryIO, where: str) -> list[str] | None:
     As pandas writes them: a field that holds a tab, a quote or a line break stands in quotes, and
     quotes inside are doubled. So a line without a quote is a row, and can be split at its tabs.
     Else the csv module reads one row, over as many lines as it takes."""
-    csv.field_size_limit(MAX_FIELD)   # also bounds what a quote that is never closed can swallow
-    line = file.readline()
+    csv.field_size_limit(MAX_ROW)                      # its own is shorter than most images
+    lines = lines_of_a_row(file)
     try:
-        if b'"' not in line:
-            return line.decode().rstrip("\r\n").split("\t") if line else None
-        lines = map(bytes.decode, chain([line], iter(file.readline, b"")))
-        return next(csv.reader(lines, delimiter="\t", strict=True))
+        first = next(lines, None)
+        if first is None or '"' not in first:
+            return first and first.rstrip("\r\n").split("\t")
+        return next(csv.reader(chain([first], lines), delimiter="\t", strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{where}: expected tab-separated UTF-8 with every quote closed, "
                         f"found: {error}") from None
+
+
+def lines_of_a_row(file: BinaryIO) -> Iterator[str]:
+    """As many as the row takes, MAX_ROW bytes at most."""
+    left = MAX_ROW
+    while line := file.readline(left):
+        left -= len(line)
+        if not left:
+            raise csv.Error(f"no end within {MAX_ROW:,} bytes")
+        yield line.decode()
 
 
 def read_image_field(path: Path, offset: int, column: int) -> str:
@@ -137,7 +153,7 @@ def tsv_question(name: str, row: dict[str, str], where: str) -> Question:
     if name == "HR-Bench":
         meta["cycle_category"] = row["cycle_category"]
     return Question(row["question"], right_letter(options, row["answer"], where, "answer"), None,
-                    tuple(options.values()), category, id=row["index"], meta=meta)
+                    tuple(options.values()), category, id=row["index"], meta=meta, where=where)
 
 
 def mme_options(text: str, where: str) -> dict[str, str]:
@@ -146,7 +162,7 @@ def mme_options(text: str, where: str) -> dict[str, str]:
         options = ast.literal_eval(text) if len(text) < 20_000 else None
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         options = None
-    is_five = isinstance(options, list) and [type(option) for option in options] == [str] * 5
+    is_five = isinstance(options, list) and len(options) == 5 and all(map(is_text, options))
     expect(is_five, where, "multi-choice options", "a list of five texts '(A) ...'", text)
     return {letter: re.sub(rf"^\s*\({letter}\)\s*", "", option).strip()
             for letter, option in zip("ABCDE", options)}
@@ -160,12 +176,16 @@ def right_letter(options: dict[str, str], answer: str, where: str, field: str) -
     return LETTERS[list(options).index(letter)]
 
 
-def read_vstar(path: Path) -> list[Question]:
+def read_vstar(path: Path, bad: list[DataError] | None) -> list[Question]:
     """V*'s test_questions.jsonl: {"image", "text": "question\\n(A) ..\\n(B) ..\\nAnswer with ..",
     "label": "A", "category", "question_id"}."""
+    questions = []
     with path.open("rb") as lines:
-        return [vstar_question(line, path.parent, f"{path}:{number}")
-                for number, line in enumerate(lines, 1) if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with noted(bad):
+                    questions.append(vstar_question(line, path.parent, f"{path}:{number}"))
+    return questions
 
 
 def vstar_question(line: bytes, folder: Path, where: str) -> Question:
@@ -176,8 +196,8 @@ def vstar_question(line: bytes, folder: Path, where: str) -> Question:
         raise DataError(f"{where}: expected one JSON object, found {line[:60]!r}") from None
     for field in sorted(VSTAR_FIELDS):
         value = record.get(field)
-        is_text = isinstance(value, str | int) and str(value).strip()
-        expect(is_text, where, field, "a text that is not empty", value)
+        plain = isinstance(value, str | int) and is_text(str(value))
+        expect(plain, where, field, "a text that is not empty", value)
         record[field] = str(value).strip()
     text, *parts = re.split(r"^\s*\(([A-Z])\)", record["text"], flags=re.MULTILINE)
     letters, texts = "".join(parts[::2]), parts[1::2]
@@ -189,7 +209,7 @@ def vstar_question(line: bytes, folder: Path, where: str) -> Question:
     answer = right_letter(options, record["label"], where, "label")
     return Question(text.strip(), answer, image_opener(record["image"], folder, where),
                     tuple(options.values()), record["category"], id=record["question_id"],
-                    meta={"benchmark": "V*"})
+                    meta={"benchmark": "V*"}, where=where)
 
 
 def shuffled(letters: str, key: str) -> list[str]:
@@ -313,16 +333,9 @@ def places(question: Question) -> list[tuple[int, str, str]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Say what is in a benchmark's file.")
     parser.add_argument("file")
-    path = parser.parse_args().file
+    path, bad = parser.parse_args().file, []
     try:
-        name, questions = load(path)
-        sizes = [question.open().size for question in questions[:3]]
-    except DataError as error:
-        raise SystemExit(str(error))
-    print(f"{name or 'your own questions'}: {len(questions)} rows")
-    show_count("categories", [question.category for question in questions])
-    show_count("options", [len(question.choices) for question in questions])
-    show_count("answers", [question.answer for question in questions])
-    for question, (width, height) in zip(questions, sizes):
-        print(f"\n{question.id}: image of {width} x {height} pixels")
-        print(f"{question.prompt}\n-> {question.answer}")
+        name, questions = load(path, bad)
+        describe(name or "your own questions", questions, bad)
+    except DataError as error:     # nothing below it can be told apart
+        raise SystemExit(listed([*bad, error]))

@@ -12,24 +12,28 @@ Your own questions stand in a .jsonl file, one object a line (here: two lines):
      "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}
 
 Only image, question and answer are needed. The image is a path relative to the file, or base64.
-Boxes are [x1, y1, x2, y2] in pixels of the original image.
+Boxes are [x1, y1, x2, y2] in pixels of the original image. What is wrong with a line is said before
+a run begins: a reader either raises the first error, or leaves bad lines out and lists them.
 
 Run it:  python -m lib.data runs/world/questions.jsonl  # a summary; `python -m tiny.world` makes it
 """
 import argparse
 import base64
+import difflib
 import functools
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
 
 from tools import MAX_IMAGE_ASPECT
 
@@ -37,6 +41,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 2**28                       # of a picture; 2^28 are 800 MB in memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS      # Pillow's own limit, which only warns, is lower
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
+
+NEEDED = ("image", "question", "answer")                      # fields of a line ..
+OPTIONAL = ("choices", "category", "boxes", "objects", "id")
+SURROGATE = re.compile("[\ud800-\udfff]")                     # half a character: "\ud83d"
 
 
 class DataError(ValueError):
@@ -48,7 +56,7 @@ class Question:
     """One question about one image. `open()` loads the image; a list of questions holds none."""
     text: str
     answer: str
-    open: Callable[[], Image.Image] = field(repr=False)
+    open: Callable[..., Image.Image] = field(repr=False)
     choices: tuple[str, ...] = ()  # empty: an open question
     category: str = ""
     boxes: tuple[Box, ...] = ()    # all of them must be seen to know the answer; () = unknown
@@ -56,6 +64,7 @@ class Question:
     marks: dict[str, str] = field(default_factory=dict)    # what each carries (tiny/world.py)
     id: str = ""
     meta: dict[str, str] = field(default_factory=dict)     # what a benchmark's rule needs
+    where: str = ""                # its file and line, for errors
 
     @property
     def prompt(self) -> str:
@@ -127,20 +136,36 @@ def choose(answer: str, choices: tuple[str, ...]) -> int | None:
 
 # ---- files of questions --------------------------------------------------------------------------
 
-def read_jsonl(path: str | Path) -> Iterator[Question]:
+def read_jsonl(path: str | Path, bad: list[DataError] | None = None) -> Iterator[Question]:
     """Questions from a .jsonl file (format: the top of this file). Blank lines are skipped.
 
-    Raises DataError with file, line and field."""
+    bad: see `noted`. Raises DataError with file, line and field."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one JSON object a line")
-    offset = 0
+    offset, ids = 0, set()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 again = functools.partial(read_image_field, path, offset, len(line))
-                yield parse_record(line, path, number, again)
+                with noted(bad):
+                    question = parse_record(line, path, number, again)
+                    new = question.id not in ids
+                    expect(new, question.where, "id", "one that no line above has", question.id)
+                    ids.add(question.id)
+                    yield question
             offset += len(line)
+
+
+@contextmanager
+def noted(bad: list[DataError] | None) -> Iterator[None]:
+    """A DataError within goes into the list `bad`, and reading goes on; None: it is raised."""
+    try:
+        yield
+    except DataError as error:
+        if bad is None:
+            raise
+        bad.append(error)
 
 
 def read_image_field(path: Path, offset: int, length: int) -> str:
@@ -153,25 +178,22 @@ def read_image_field(path: Path, offset: int, length: int) -> str:
 def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str]) -> Question:
     """One line of a .jsonl file -> Question. again: see `image_opener`. Raises DataError."""
     where = f"{path}:{number}"
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        found = f"{line.strip()[:60]!r} ({error})"
-        raise DataError(f"{where}: expected one JSON object, found {found}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
-    for name in ("image", "question", "answer"):
-        if name not in record:
-            raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
-        text = isinstance(record[name], str) and record[name].strip()
-        expect(text, where, name, "a text that is not empty", record[name])
+    record = parse_object(line, where)
     choices = record.get("choices") or []
     boxes = record.get("boxes") or []
     objects = record.get("objects") or {}
-    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    expect(texts and len(choices) <= 26, where, "choices", "a list of at most 26 texts", choices)
+    texts = isinstance(choices, list) and all(map(is_text, choices))
+    expect(texts, where, "choices", "a list of texts that are not empty", choices)
+    different = len(set(map(normalise, choices))) == len(choices)
+    expect(different and len(choices) <= 26 and len(choices) != 1, where, "choices",
+           "2 to 26 different texts", choices)
     expect(isinstance(boxes, list), where, "boxes", "a list of boxes", boxes)
-    expect(isinstance(objects, dict), where, "objects", "an object of name: box", objects)
+    named = isinstance(objects, dict) and all(map(is_text, objects))
+    expect(named, where, "objects", "an object of name: box", objects)
+    for name in ("category", "id"):
+        value = record.get(name) or "-"
+        plain = isinstance(value, str | int | float) and is_text(str(value))
+        expect(plain, where, name, "a text", value)
     return Question(
         text=record["question"],
         answer=record["answer"],
@@ -180,15 +202,52 @@ def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str])
         category=str(record.get("category") or ""),
         boxes=tuple(parse_box(where, "boxes", box) for box in boxes),
         objects={name: parse_box(where, "objects", box) for name, box in objects.items()},
-        id=str(record.get("id") or f"{path.stem}-{number}"))
+        id=str(record.get("id") or f"{path.stem}-{number}"),
+        where=where)
+
+
+def parse_object(line: bytes, where: str) -> dict:
+    """The fields of one line: all that are needed, none twice, none misspelt. Raises DataError."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
+        found = f"{line.strip()[:60]!r} ({error})"
+        raise DataError(f"{where}: expected one JSON object, found {found}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
+    for name in NEEDED:
+        if name not in record:
+            raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
+        expect(is_text(record[name]), where, name, "a text that is not empty", record[name])
+    absent = [name for name in OPTIONAL if name not in record]
+    for name in record:                      # "choice" would be ignored, and its question be open
+        meant = difflib.get_close_matches(name.lower(), absent, 1, cutoff=.75)
+        if meant and name not in OPTIONAL:
+            raise DataError(f"{where}: field '{name[:80]}': expected '{meant[0]}'")
+    return record
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict:
+    names = Counter(name for name, _ in pairs)
+    for name, times in names.items():
+        if times > 1:
+            raise ValueError(f"'{name[:80]}' stands {times} times")
+    return dict(pairs)
+
+
+def is_text(value: object) -> bool:
+    """Not blank, and without half characters, which no file and no tokenizer takes."""
+    filled = isinstance(value, str) and bool(value.strip())
+    return filled and (value.isascii() or not SURROGATE.search(value))
 
 
 def parse_box(where: str, name: str, value: object) -> Box:
+    """At least a pixel wide and high: less is no evidence, and often a share of the picture."""
     is_box = isinstance(value, list) and len(value) == 4
     if is_box:  # a bool is no number here, and neither are NaN and infinity
         is_box = all(type(side) in (int, float) and abs(side) < 1e9 for side in value)
-    is_box = is_box and value[0] < value[2] and value[1] < value[3]
-    expect(is_box, where, name, "[x1, y1, x2, y2] with x1 < x2 and y1 < y2", value)
+    is_box = is_box and value[0] + 1 <= value[2] and value[1] + 1 <= value[3]
+    expect(is_box, where, name, "[x1, y1, x2, y2] in pixels, at least 1 x 1", value)
     return tuple(value)
 
 
@@ -199,8 +258,9 @@ def expect(ok: object, where: str, name: str, expected: str, found: object) -> N
 
 
 def image_opener(text: str, folder: Path, where: str,
-                 again: Callable[[], str] | None = None) -> Callable[[], Image.Image]:
-    """A function that opens the image that `text` names (a file in `folder`) or contains (base64).
+                 again: Callable[[], str] | None = None) -> Callable[..., Image.Image]:
+    """A function that opens the image that `text` names (a file in `folder`) or contains (base64),
+    by `read_picture` or as it is told.
 
     The text is checked now, and the image opened when asked: then `again` gives the text anew, so
     that nobody keeps it. Both raise DataError, which begins with `where`."""
@@ -212,9 +272,9 @@ def image_opener(text: str, folder: Path, where: str,
         raise DataError(f"{where}: field 'image': expected {expected}, found {text[:60]!r}")
     again = again or (lambda: text)
 
-    def load() -> Image.Image:
+    def load(read: Callable = read_picture):
         try:
-            return read_picture(file or io.BytesIO(decode_base64(again())))
+            return read(file or io.BytesIO(decode_base64(again())))
         except Exception as error:  # Pillow's readers raise nearly anything on broken files
             raise DataError(f"{where}: field 'image': expected a picture that can be read, "
                             f"found: {error}") from None
@@ -227,12 +287,7 @@ def read_picture(source: Path | io.BytesIO) -> Image.Image:
     16 bits scaled to 8. Of an animation it is the first frame.
 
     Other formats are refused: some of Pillow's readers start other programs."""
-    with Image.open(source, formats=FORMATS) as image:
-        width, height = image.size
-        long = max(width, height) > MAX_IMAGE_ASPECT * min(width, height)
-        if long or width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,}, "
-                             f"and at most {MAX_IMAGE_ASPECT}:1")
+    with open_header(source) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = eight_bits(image)
@@ -241,6 +296,25 @@ def read_picture(source: Path | io.BytesIO) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+
+
+def read_size(source: Path | io.BytesIO) -> tuple[int, int]:
+    """(width, height) as `read_picture` has them, but without reading the pixels."""
+    with open_header(source) as image:
+        exif = Image.Image.getexif(image)    # a PNG's own method reads its pixels
+        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
+def open_header(source: Path | io.BytesIO) -> Image.Image:
+    """Raises ValueError for a size that no model takes."""
+    image = Image.open(source, formats=FORMATS)
+    width, height = image.size
+    long = max(width, height) > MAX_IMAGE_ASPECT * min(width, height)
+    if long or width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,}, "
+                         f"and at most {MAX_IMAGE_ASPECT}:1")
+    return image
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -276,6 +350,50 @@ def write_jsonl(questions: list[Question], folder: str | Path) -> Path:
     return path
 
 
+# ---- before a run --------------------------------------------------------------------------------
+
+def check_pictures(questions: Iterable[Question], bad: list[DataError], whole: bool = False
+                   ) -> list[Question]:
+    """The questions whose pictures open and hold their boxes; the errors of others go into `bad`.
+
+    It reads headers, 0.3 ms a picture. whole: all pixels, 200 ms for six million of them; so a
+    missing end is found, too."""
+    good = []
+    for question in tqdm(questions, "pictures", disable=None):
+        with noted(bad):
+            width, height = question.open().size if whole else question.open(read_size)
+            for name, boxes in (("boxes", question.boxes), ("objects", question.objects.values())):
+                for box in boxes:            # rounding may put it a pixel outside
+                    inside = box[0] >= -1 and box[1] >= -1
+                    inside = inside and box[2] <= width + 1 and box[3] <= height + 1
+                    expect(inside, question.where, name, f"a box in {width} x {height} pixels", box)
+            good.append(question)
+    return good
+
+
+def listed(bad: list[DataError], most: int = 20) -> str:
+    """The errors, one a line."""
+    lines = [str(error) for error in bad[:most]]
+    if len(bad) > most:
+        lines.append(f".. and {len(bad) - most} more")
+    return "\n".join(lines)
+
+
+def describe(title: str, questions: Iterable[Question], bad: list[DataError]) -> None:
+    """Print what is in a file. Ends the program with the errors of its bad lines, if any."""
+    questions = check_pictures(questions, bad, whole=True)
+    print(f"{title}: {len(questions)} questions")
+    sizes = [question.open(read_size) for question in questions]
+    show_count("categories", [question.category for question in questions])
+    show_count("options", [len(question.choices) for question in questions])
+    show_count("answers", [question.answer for question in questions])
+    show_count("image sizes", [f"{width} x {height}" for width, height in sizes])
+    for question in questions[:3]:
+        print(f"\n{question.id}: {question.prompt}\n-> {question.answer}")
+    if bad:
+        raise SystemExit(listed(bad))
+
+
 def show_count(name: str, values: list) -> None:
     counts = [f"{value}: {count}" for value, count in Counter(values).most_common(8)]
     print(f"{name:12}{', '.join(counts)}")
@@ -284,14 +402,8 @@ def show_count(name: str, values: list) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Summarise a .jsonl file of questions.")
     parser.add_argument("file", help="one JSON object a line")
+    file, bad = parser.parse_args().file, []
     try:
-        questions = list(read_jsonl(parser.parse_args().file))
-        sizes = [question.open().size for question in questions]  # a broken image is found here
-    except DataError as error:
+        describe(file, read_jsonl(file, bad), bad)
+    except DataError as error:               # there is no such file
         raise SystemExit(str(error))
-    print(f"{len(questions)} questions")
-    show_count("categories", [question.category for question in questions])
-    show_count("options", [len(question.choices) for question in questions])
-    show_count("image sizes", [f"{width} x {height}" for width, height in sizes])
-    for question in questions[:3]:
-        print(f"\n{question.prompt}\n-> {question.answer}")

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from lib import benchmarks
 from lib.benchmarks import accuracies, chosen_by_us, correct, load, shuffled
 from lib.data import DataError, Question
 
@@ -105,10 +107,12 @@ def test_windows_line_ends_byte_order_mark_and_lone_quotes(tmp_path):
     """As pandas reads them; an empty line is no row."""
     file, row = tmp_path / "a.tsv", VSTAR | {"question": 'a 5" screen', "index": 7}
     line = "\t".join(str(value) for value in row.values())
-    file.write_bytes(f"\ufeff{chr(9).join(row)}\r\n{line}\r\n\r\n".encode())
-    _, (question,) = load(file)
-    assert question.text == 'a 5" screen' and question.id == "7"
-    assert question.open().size == (12, 9)
+    header = chr(9).join(row)
+    for first in (header, header.replace("index", '"index"')):
+        file.write_bytes(f"\ufeff{first}\r\n{line}\r\n\r\n".encode())
+        _, (question,) = load(file)
+        assert question.text == 'a 5" screen' and question.id == "7"
+        assert question.open().size == (12, 9)
 
 
 def test_empty_options_are_left_out_wherever_they_stand(tmp_path):
@@ -211,6 +215,8 @@ BAD = {   # changes to a good row -> what the message names
     "options no list": (MME | {"multi-choice options": "(A) x (B) y"}, "options.*list of five"),
     "options code": (MME | {"multi-choice options": "__import__('os').getcwd()"}, "options"),
     "options numbers": (MME | {"multi-choice options": "[1, 2, 3, 4, 5]"}, "options"),
+    "option a lone surrogate": (MME | {"multi-choice options": "['\\ud800', 'b', 'c', 'd', 'e']"},
+                                "options.*five"),
     "options deep": (MME | {"multi-choice options": "[" * 9000}, "options"),
     "four options": (MME | {"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"},
                      "options.*five")}
@@ -231,7 +237,7 @@ HEADER = "\t".join(VSTAR).encode() + b"\n"
 
 @pytest.mark.parametrize("content, names", [
     (b"index\timage\nx\ty\n", ":1: field 'columns'.*cycle_category.*found"),
-    (b"hello\n", "one JSON object"), (HEADER + b"1\t2\n", "row 2.*9 fields, found 2"),
+    (b"hello\n", "one JSON object"), (HEADER + b"1\t2\n", "row 2.*expected 9, found 2"),
     (HEADER + b"1\t\xff\n", "row 2.*UTF-8"),
     (HEADER + b'1\t"never closed\n' + b"x\n" * 99, "row 2.*quote"), (None, "no such file")])
 def test_malformed_files_are_named(tmp_path, content, names):
@@ -240,6 +246,38 @@ def test_malformed_files_are_named(tmp_path, content, names):
         file.write_bytes(content)
     with pytest.raises(DataError, match=names):
         load(file)
+
+
+def test_a_quote_that_is_never_closed_swallows_little(tmp_path, monkeypatch):
+    """The reader stops at its limit, however long the file is, and names the row. So does a line
+    without an end. A row within the limit may have any number of lines."""
+    monkeypatch.setattr(benchmarks, "MAX_ROW", 100_000)
+    rest = b"x\n" * 4_000_000
+    for row, seconds in ((b'1\t"never closed\n' + rest, .5), (b"y" * 8_000_000, .5)):
+        file = tmp_path / "bad.tsv"
+        file.write_bytes(HEADER + row)
+        tracemalloc.start()
+        start = time.process_time()
+        with pytest.raises(DataError, match="row 2 .*no end within 100,000 bytes"):
+            load(file)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 3e6 and time.process_time() - start < seconds
+    _, (question,) = load(save(tmp_path, [VSTAR | {"question": "line\n" * 10_000}]))
+    assert question.text.count("\n") == 9_999
+
+
+def test_bad_rows_can_be_left_out(tmp_path):
+    """All of them are named, also one that borrows the picture of a bad row, and a V* line."""
+    rows = [VSTAR | {"answer": "C"}, VSTAR | {"index": 1}, VSTAR | {"index": 2, "image": "1"},
+            VSTAR | {"index": 3, "image": "0"}, VSTAR | {"index": 4}]
+    bad = []
+    _, questions = load(save(tmp_path, rows), bad)
+    assert [question.id for question in questions] == ["1", "2", "4"]
+    assert [str(error).split("row ")[1][0] for error in bad] == ["2", "5"]
+    bad = []
+    _, questions = load(save_lines(tmp_path, VSTAR_LINE, "[1]", VSTAR_LINE), bad)
+    assert len(questions) == 2 and len(bad) == 1 and "jsonl:2" in str(bad[0])
 
 
 @pytest.mark.parametrize("line, names", [
@@ -271,7 +309,7 @@ def test_the_command(tmp_path):
         if code:
             assert "row 2" in done.stderr and done.stderr.count("\n") == 1
         else:
-            assert done.stdout.startswith("V*: 1 rows\n") and "A. red\nB. blue" in done.stdout
+            assert done.stdout.startswith("V*: 1 questions\n") and "A. red\nB. blue" in done.stdout
 
 
 def test_imports_go_one_way():

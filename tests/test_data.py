@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from conftest import ROOT
 from lib import data
-from lib.data import (DataError, Question, choose, coverage, holds, normalise, read_jsonl,
-                      read_picture, shows, write_jsonl)
+from lib.data import (DataError, Question, check_pictures, choose, coverage, holds, listed,
+                      normalise, read_jsonl, read_picture, read_size, shows, write_jsonl)
 from tiny.world import World, world_questions
 from tools import MAX_ANSWER_CHARS
 
@@ -143,9 +143,13 @@ def test_defaults(tmp_path):
 
 
 def test_every_field(tmp_path):
-    """A record with windows' line end, spaces around it and a field that nobody knows."""
-    record = GOOD | {"objects": {"cat": [1, 2, 3, 4]}, "category": "pets", "more": [1]}
-    question, = read_jsonl(save(tmp_path, b" " + json.dumps(record).encode() + b" \r"))
+    """A record with windows' byte-order mark and line end, spaces around it and fields that nobody
+    knows. A name that looks like a known one is no misspelling if that is there, too."""
+    record = GOOD | {"objects": {"cat": [1, 2, 3, 4]}, "category": "pets", "more": [1],
+                     "question_id": 7, "choices2": ["p", "q"]}
+    line = b"\xef\xbb\xbf " + json.dumps(record).encode() + b" \r"
+    question, = read_jsonl(save(tmp_path, line))
+    assert question.open().size == (12, 12)              # it is read again from the line
     assert question.choices == ("x", "y") and question.boxes == ((0, 0, 6.5, 6),)
     assert question.objects == {"cat": (1, 2, 3, 4)} and question.category == "pets"
 
@@ -211,7 +215,7 @@ BAD = {  # a line, or changes to a good record; and what the message names
     "list": (b"[1, 2]", "found list"),
     "string": (b'"question"', "found str"),
     "null": (b"null", "found NoneType"),
-    "byte-order mark": (b"\xef\xbb\xbf{}", "one JSON object"),
+    "two byte-order marks": (b"\xef\xbb\xbf" * 2 + json.dumps(GOOD).encode(), "one JSON object"),
     "not UTF-8": (b'{"image": "\xff\xfe"}', "expected"),
     "deep brackets": (b"[" * 100_000, "one JSON object"),
     "huge integer": (b'{"image": ' + b"9" * 5000 + b"}", "one JSON object"),
@@ -236,7 +240,26 @@ BAD = {  # a line, or changes to a good record; and what the message names
     "choices text": ({"choices": "AB"}, "'choices'"),
     "choices of numbers": ({"choices": [1, 2]}, "'choices'"),
     "choices object": ({"choices": {"A": "x"}}, "'choices'"),
-    "too many choices": ({"choices": ["x"] * 27}, "'choices'"),
+    "too many choices": ({"choices": list(map(str, range(27)))}, "'choices'"),
+    "one choice": ({"choices": ["x"]}, "'choices'.*2 to 26"),
+    "equal choices": ({"choices": ["Red!", "blue", " red"]}, "'choices'.*different"),
+    "choice blank": ({"choices": ["x", " "]}, "'choices'.*not empty"),
+    "choice a lone surrogate": ({"choices": ["x", "\ud800"]}, "'choices'"),
+    "question a lone surrogate": ({"question": "Which \udfff?"}, "'question'"),
+    "answer a lone surrogate": ({"answer": "\ud83d"}, "'answer'"),
+    "category a lone surrogate": ({"category": "\ud83d"}, "'category'"),
+    "category a list": ({"category": ["pets"]}, "'category'"),
+    "id an object": ({"id": {"a": 1}}, "'id'"),
+    "repeated field": (json.dumps(GOOD)[:-1].encode() + b', "answer": "A"}', "'answer'.*2 times"),
+    "repeated field, by escape": (json.dumps(GOOD)[:-1].encode() + b', "\\u0061nswer": "A"}',
+                                  "'answer'.*2 times"),
+    "repeated object": (json.dumps(GOOD)[:-1].encode() + b', "objects": {"cat": [0, 0, 6, 6], '
+                        b'"cat": [3, 3, 6, 6]}}', "'cat'.*2 times"),
+    "misspelt category": ({"catgory": "pets"}, "'catgory'.*'category'"),
+    "misspelt objects": ({"Object": {"cat": [0, 0, 6, 6]}}, "'Object'.*'objects'"),
+    "misspelt boxes": (json.dumps(GOOD).replace("boxes", "bboxes").encode(), "'bboxes'.*'boxes'"),
+    "misspelt choices": (json.dumps(GOOD).replace("choices", "choice").encode(),
+                         "'choice'.*'choices'"),
     "one box, not a list of boxes": ({"boxes": [0, 0, 6, 6]}, "'boxes'"),
     "boxes object": ({"boxes": {"a": [0, 0, 6, 6]}}, "'boxes'"),
     "box of three": ({"boxes": [[0, 0, 6]]}, "'boxes'"),
@@ -244,11 +267,14 @@ BAD = {  # a line, or changes to a good record; and what the message names
     "box of bools": ({"boxes": [[False, False, True, True]]}, "'boxes'"),
     "box inverted": ({"boxes": [[0, 0, 6, 6], [6, 0, 0, 6]]}, "'boxes'"),
     "box without area": ({"boxes": [[0, 3, 6, 3]]}, "'boxes'"),
+    "box whose area is rounded to 0": ({"boxes": [[0, 0, 1e-200, 1e-200]]}, "'boxes'"),
+    "box in shares of the picture": ({"boxes": [[.2, .2, .6, .9]]}, "'boxes'.*pixels"),
     "box NaN": ({"boxes": [[0, 0, float("nan"), 6]]}, "'boxes'"),
     "box infinite": ({"boxes": [[0, 0, float("inf"), 6]]}, "'boxes'"),
     "box of a huge integer": ({"boxes": [[0, 0, 10**400, 6]]}, "'boxes'"),
     "objects list": ({"objects": [[0, 0, 6, 6]]}, "'objects'"),
     "objects without boxes": ({"objects": {"cat": None}}, "'objects'"),
+    "objects without a name": ({"objects": {" ": [0, 0, 6, 6]}}, "'objects'"),
     "objects inverted": ({"objects": {"cat": [0, 6, 6, 0]}}, "'objects'"),
 }
 
@@ -263,6 +289,26 @@ def test_bad_line(tmp_path, line, names):
     with pytest.raises(DataError, match=names) as error:
         next(questions)
     assert f"{file}:3" in str(error.value) and len(str(error.value)) < 500 + 3 * len(str(file))
+
+
+def test_an_id_stands_once(tmp_path):
+    """Also one that a line without an id has got."""
+    for first, second in ((GOOD | {"id": "a"}, GOOD | {"id": "a"}), (GOOD, GOOD | {"id": "own-1"})):
+        questions = read_jsonl(save(tmp_path, first, second))
+        next(questions)
+        with pytest.raises(DataError, match="own.jsonl:2: field 'id': .* found '(a|own-1)'"):
+            next(questions)
+
+
+def test_bad_lines_can_be_left_out(tmp_path):
+    """All of them are named, and the good ones between them are read."""
+    good = [GOOD | {"question": text} for text in "abc"]
+    file = save(tmp_path, b"{", good[0], GOOD | {"answer": ""}, good[1], good[2], b"[]")
+    bad = []
+    assert [question.text for question in read_jsonl(file, bad)] == ["a", "b", "c"]
+    assert [str(error).split(": ")[0] for error in bad] == [f"{file}:{n}" for n in (1, 3, 6)]
+    assert listed(bad).count("\n") == 2
+    assert listed(bad, most=1).splitlines()[1:] == [".. and 2 more"]
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -298,6 +344,24 @@ def test_broken_picture(tmp_path, data):
         assert f"{file}:{number}" in str(error.value)
 
 
+def test_one_pass_over_the_pictures(tmp_path):
+    """Broken pictures, and boxes outside of them, are found before a run begins: those whose
+    header is broken at once, and those whose end is missing if the whole is read."""
+    (tmp_path / "cut.png").write_bytes(NOISE[:70_000])
+    (tmp_path / "text.png").write_bytes(BROKEN["text"])
+    lines = [GOOD, GOOD | {"image": "text.png"}, GOOD | {"image": "cut.png"},
+             GOOD | {"boxes": [[0, 0, 6, 6], [6, 6, 14, 12]]}, GOOD | {"boxes": [[-1, 0, 13, 13]]},
+             GOOD | {"objects": {"cat": [0, -2, 6, 6]}}]
+    questions = list(read_jsonl(save(tmp_path, *lines)))
+    for whole, expected in ((False, [0, 2, 4]), (True, [0, 4])):
+        bad = []
+        assert check_pictures(questions, bad, whole) == [questions[i] for i in expected]
+        assert len(bad) == 6 - len(expected)
+    assert "own.jsonl:2: field 'image'" in str(bad[0])
+    assert "own.jsonl:4: field 'boxes': expected a box in 12 x 12 pixels" in str(bad[2])
+    assert "own.jsonl:6: field 'objects'" in str(bad[3])
+
+
 def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -313,6 +377,7 @@ def test_pictures_are_read_as_they_are_seen():
     exif[0x0112] = 6                                     # .. of what was turned to the left
     turned = saved(upright.transpose(Image.ROTATE_90), "PNG", exif=exif)
     assert read_picture(turned).tobytes() == upright.tobytes()
+    assert read_size(turned) == upright.size == (30, 20)
 
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
@@ -335,8 +400,9 @@ def test_other_formats_and_sizes_are_refused(monkeypatch):
     """PostScript would start another program. A limit on pixels is named."""
     with pytest.raises(UnidentifiedImageError):
         read_picture(saved(Image.new("RGB", (8, 8)), "EPS"))
-    with pytest.raises(ValueError, match="402 x 2 pixels; .* at most 200:1"):
-        read_picture(saved(Image.new("RGB", (402, 2)), "PNG"))
+    for read in (read_picture, read_size):
+        with pytest.raises(ValueError, match="402 x 2 pixels; .* at most 200:1"):
+            read(saved(Image.new("RGB", (402, 2)), "PNG"))
     monkeypatch.setattr(data, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11 x 10 pixels; expected at most 100"):
         read_picture(saved(Image.new("RGB", (11, 10)), "PNG"))
@@ -361,14 +427,16 @@ def test_missing_file(tmp_path, name):
 
 
 def test_the_summary(tmp_path):
-    """`python -m lib.data` counts a good file, and says what is wrong with a bad one."""
+    """`python -m lib.data` counts the good lines of a file, and says what is wrong with all others.
+    """
     def run(*lines):
         command = [sys.executable, "-m", "lib.data", str(save(tmp_path, *lines))]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run(GOOD, GOOD | {"category": "pets", "image": base64_of(png(20))})
-    assert done.returncode == 0 and done.stdout.startswith("2 questions")
+    assert done.returncode == 0 and "own.jsonl: 2 questions\n" in done.stdout
     assert "pets: 1" in done.stdout and "2: 2" in done.stdout and "20 x 20: 1" in done.stdout
-    done = run(GOOD, GOOD | {"image": base64_of(png()[:60])})
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "own.jsonl:2: field 'image'" in done.stderr
+    done = run(b"?", GOOD, GOOD | {"image": base64_of(png()[:60])})
+    assert done.returncode == 1 and "own.jsonl: 1 questions\n" in done.stdout
+    first, second = done.stderr.splitlines()
+    assert "own.jsonl:1: expected" in first and "own.jsonl:3: field 'image'" in second

@@ -23,7 +23,7 @@ import train as training
 from conftest import ROOT
 from lib import checkpoint, shard
 from lib.batches import spread
-from lib.data import DataError, write_jsonl
+from lib.data import DataError, Question, write_jsonl
 from lib.policy import Policy
 from tiny.world import World, world_questions
 from train import (FREE, Batch, Config, Questions, accumulate, advantages, collapse, held_out,
@@ -556,11 +556,10 @@ def test_the_real_command(tmp_path):
     done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for said in ("before training, greedy", "after training, sampled", "sampled, accuracy",
-                 f"saved in {out}: the model step-000001, metrics.jsonl, trajectories.jsonl, "
-                 "results.json, films.png"):
+    for said in ("before training, greedy", "after training, sampled", "held-out questions",
+                 "step 1/1  accuracy", f"{out}/page.html", f"{out}/step-000001"):
         assert said in done.stdout
-    assert "accuracy" in done.stderr and "100%" in done.stderr                 # the bar
+    assert done.stderr == ""                              # no terminal: lines instead of the bar
     files = files_of(out)
     assert {"films.png", "step-000001/train.json", "step-000001/state-0.pt"} <= set(files)
     results = json.loads(files["results.json"])
@@ -594,3 +593,31 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1; .* --resume"):
         train(small(tmp_path / "run", steps=9, save_every=5))
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
+
+
+def test_the_watched_questions_are_a_handful():
+    """By hand: the first of each category, then the first others, in their own order."""
+    def named(kinds):
+        return [Question(str(i), "x", None, category=kind) for i, kind in enumerate(kinds)]
+
+    def chosen(kinds, count=6):
+        return [question.text for question in training.handful(named(kinds), count)]
+
+    assert chosen("aaaaaaabc") == ["0", "1", "2", "3", "7", "8"]
+    assert chosen("abcdefgh") == list("012345") and chosen("ab") == ["0", "1"] and chosen("") == []
+
+
+def test_a_handful_is_watched_and_a_page_written(tmp_path, capsys):
+    """At the start, at each checkpoint and at the end, the same questions; and one page."""
+    def run(steps, *more):
+        training.train(training.parse_config(
+            ["--steps", str(steps), "--questions", "1", "--group", "2", "--save_every", "2",
+             "--eval_questions", "3", "--out", str(tmp_path / "run"), "--quiet", *more]))
+
+    run(3)
+    said = capsys.readouterr().out
+    assert "step 1/3" not in said and "3 held-out questions" in said and "page.html" in said
+    first = (tmp_path / "run/watched.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in first] == [0] * 3 + [2] * 3 + [3] * 3
+    assert len({json.loads(line)["id"] for line in first}) == 3
+    assert (tmp_path / "run/page.html").is_file()

@@ -1,0 +1,461 @@
+"""Hostile turns, damaged files, sudden death: what survives.
+
+What it teaches: what runs for days is judged by its worst minute. So each danger is made here on
+purpose, many times, from a seed. What is tried *survives* if it ends as it should:
+
+    a hostile turn        a checked Call, an Answer, or a ToolError of one line; within 0.1 s
+    a damaged file        questions whose fields and pictures hold, or a DataError with its name
+    a damaged model       an error of one line, or a model that says what it said before
+    a damaged checkpoint  an error of one line before the run goes on
+    a kill                the run goes on, and ends as one that nobody killed, bit for bit
+    a full disk           an error of one line; the older checkpoint stands, and the run goes on
+
+All else is *lost*.
+
+Run it:  python docs/reliability.py            # SECONDS -> docs/reliability.md
+         python docs/reliability.py --quick    # a part of it; writes nothing
+"""
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from lib import benchmarks, checkpoint
+from lib.data import FORMATS, DataError, Question, check_pictures
+from lib.policy import Policy
+from rollout import collect
+from tiny.world import World, world_question
+from tools import MAX_ANSWER_CHARS, MIN_SIDE, Answer, Call, ToolError, parse, zoom_call
+
+SEEN = (96, 72)                                  # of the hostile turns' image
+CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}    # not the same in two runs
+TRAIN = ["train.py", "--steps", "8", "--save_every", "1", "--questions", "2", "--group", "4",
+         "--eval_questions", "0"]
+EVAL = ["eval.py", "--n", "60", "--batch", "2", "--films", "0", "--temperature", "1"]
+
+
+# ---- hostile turns -------------------------------------------------------------------------------
+
+PIECES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "{", "}",
+          "[", "]", '"', ",", ":", "\\", "\0", "\ud800", "\\ud800", "\u202e", "\u200b", "＜", "0",
+          " ", "\n", "NaN", "1e999", "-", "9" * 500, "[" * 500, "null", "true", "B", "the object",
+          '"name": "image_zoom_in_tool"', '"arguments": {', '"label": "red sign"', '"label": ""',
+          '"bbox_2d": [10, 20, 50, 60]', '"bbox_2d": [9, 9, 1, 1]', "<|im_end|>", "<|image_pad|>"]
+TURNS = ["<think>look</think>" + zoom_call("the red sign", (10, 20, 50, 60)),
+         "<think>so</think><answer>(B)</answer>", zoom_call("a cup", (0, 0, 96, 72), gap="\n")]
+
+LETTERS = [*"object image", *"оbjесt іmаgе", "red ", "the ", "<", "\u2039", "\u0301", "\u200b", "\ud800",
+           "\ufdfa", "7", *map(chr, range(0, 0x30000, 4097))]
+NUMBERS = [*range(-7, 105, 7), 0.5, 3.999, 1e9, 1e10, 10**400, float("nan"), True, None, "7", []]
+
+
+def hostile_turn(rng: random.Random) -> str:
+    """Pieces in any order; a call with any label and box; or a good turn with a few changes."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return "".join(rng.choices(PIECES, k=rng.randrange(40)))
+    if kind == 1:
+        label = "".join(rng.choice(LETTERS) for _ in range(rng.randrange(30)))
+        return zoom_call(label, [rng.choice(NUMBERS) for _ in range(rng.choice([4, 4, 4, 3, 5]))])
+    turn = rng.choice(TURNS)
+    for _ in range(rng.randrange(1, 4)):
+        start = rng.randrange(len(turn) + 1)
+        end = rng.choice([start, start + 1, start + rng.randrange(20)])
+        any_character = chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)]))
+        number = str(rng.randint(-50, 150))
+        turn = turn[:start] + rng.choice(["", any_character, number, *PIECES]) + turn[end:]
+    return turn
+
+
+def turn_survives(turn: str) -> bool:
+    began = time.process_time()
+    try:
+        action = parse(turn, SEEN)
+    except ToolError as error:
+        good = 0 < len(str(error)) < 400 and "\n" not in str(error)
+    except Exception:
+        return False
+    else:
+        good = in_bounds(action)
+    return good and time.process_time() - began < .1
+
+
+def in_bounds(action: Call | Answer) -> bool:
+    if isinstance(action, Answer):
+        return 0 < len(action.text) <= MAX_ANSWER_CHARS
+    x1, y1, x2, y2 = action.bbox
+    box = 0 <= x1 <= x2 - MIN_SIDE and 0 <= y1 <= y2 - MIN_SIDE and x2 <= SEEN[0] and y2 <= SEEN[1]
+    return box and action.label.isprintable() and "<" not in action.label
+
+
+def hostile_turns(count: int, rng: random.Random) -> list[bool]:
+    return [turn_survives(hostile_turn(rng)) for _ in range(count)]
+
+
+# ---- damaged files -------------------------------------------------------------------------------
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """One thing happens to the bytes: a bit turns, a part goes, comes twice, is overwritten."""
+    start = rng.randrange(len(content))
+    end = min(len(content), start + rng.choice([1, 4, 64, 4096]))
+    part = content[start:end]
+    replaced = rng.choice([bytes([part[0] ^ 1 << rng.randrange(8)]) + part[1:], b"", part * 2,
+                           bytes(len(part)), rng.randbytes(len(part)), part[::-1]])
+    return content[:start] + replaced + (content[end:] if rng.random() < .8 else b"")
+
+
+def picture(kind: str) -> bytes:
+    image = Image.new("RGB", (90, 60), "white")
+    ImageDraw.Draw(image).ellipse((20, 10, 60, 50), "red")
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def good_files(folder: Path) -> list[Path]:
+    """What is damaged: a .jsonl, a benchmark's .tsv, and a picture of each format. They belong
+    together: pictures.jsonl names the pictures."""
+    inside = base64.b64encode(picture("PNG")).decode()
+    own = {"image": inside, "question": "Which colour?", "answer": "red", "choices": ["red", "blé"],
+           "category": "colour", "boxes": [[20, 10, 60, 50]], "objects": {"disc": [20, 10, 60, 50]}}
+    row = {"index": "7", "image": inside, "question": '"Which\ncolour?"', "A": "red", "B": "blue",
+           "answer": "A", "category": "direct_attributes"}
+    (folder / "own.jsonl").write_text(f"{json.dumps(own)}\n" * 3, encoding="utf-8")
+    lines = ["\t".join(columns) for columns in (row, row.values(), row.values())]
+    (folder / "rows.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for kind in FORMATS:
+        (folder / kind.lower()).write_bytes(picture(kind))
+    named = [json.dumps(own | {"image": kind.lower()}) for kind in FORMATS]
+    (folder / "pictures.jsonl").write_text("\n".join(named), encoding="utf-8")
+    return [folder / name for name in ("own.jsonl", "rows.tsv", *map(str.lower, FORMATS))]
+
+
+def file_survives(file: Path) -> bool:
+    """Whatever the file says: good questions, and errors that name the file."""
+    bad = []
+    try:
+        _, questions = benchmarks.load(file, bad)
+        good = all(map(is_sound, check_pictures(questions, bad, whole=True)))
+    except DataError as error:
+        bad.append(error)
+        good = True
+    except Exception:
+        return False
+    return good and all(str(file) in str(error) for error in bad)
+
+
+def is_sound(question: Question) -> bool:
+    """The texts can be written, the boxes have an area, and the picture is one."""
+    texts = [question.text, question.answer, question.category, *question.choices]
+    "\n".join([*texts, *question.objects]).encode()
+    boxes = [*question.boxes, *question.objects.values()]
+    return (all(texts[:2]) and all((x2 - x1) * (y2 - y1) > 0 for x1, y1, x2, y2 in boxes)
+            and question.open().mode == "RGB")
+
+
+def damaged_files(count: int, rng: random.Random, folder: Path, pictures: bool) -> list[bool]:
+    survived, files = [], good_files(folder)
+    for _ in range(count):
+        file = rng.choice(files[2:] if pictures else files[:2])
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, rng))
+        survived.append(file_survives(folder / "pictures.jsonl" if pictures else file))
+        file.write_bytes(content)
+    return survived
+
+
+# ---- damaged models ------------------------------------------------------------------------------
+
+def damage_model(folder: Path, rng: random.Random) -> str:
+    """A weight of another kind, or a file that was not copied whole. Says what was done."""
+    weights = load_file(folder / "model.safetensors")
+    name = rng.choice(sorted(weights))
+    changed = {"missing": None, "misshapen": torch.cat([weights[name]] * 2),
+               "not finite": weights[name] * torch.nan}
+    what = rng.choice([*changed, "unknown", "cut", "empty", "removed", "zeros"])
+    if what in changed or what == "unknown":
+        weights |= {name: changed.get(what)} if what in changed else {f"{name}2": weights[name] + 0}
+        save_file({key: w for key, w in weights.items() if w is not None},
+                  folder / "model.safetensors", {"format": "pt"})
+        return f"{name} {what}"
+    file = folder / rng.choice(["config.json", "model.safetensors", "tokenizer.json",
+                                "preprocessor_config.json"])
+    size = file.stat().st_size
+    contents = {"cut": file.read_bytes()[:rng.randrange(1, size)], "empty": b"", "zeros": bytes(size)}
+    file.unlink()
+    if what != "removed":
+        file.write_bytes(contents[what])
+    return f"{file.name} {what}"
+
+
+def speech(folder: Path) -> list:
+    """What a model says about a question, and how surely."""
+    question = world_question(World(), seed=0, split="test", index=0)
+    trajectory = collect(Policy(folder), [question], temperature=0.)[0]
+    return [trajectory.tokens.ids, trajectory.logps]
+
+
+def damaged_models(count: int, rng: random.Random, folder: Path) -> list[bool]:
+    survived, right = [], speech(ROOT / "tiny")
+    for _ in range(count):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT / "tiny", folder)
+        what = damage_model(folder, rng)
+        try:
+            survived.append(speech(folder) == right)
+        except (OSError, ValueError):                # what train.py and eval.py say in one line
+            survived.append(True)
+        except Exception:
+            survived.append(False)
+        if not survived[-1]:
+            print(f"lost: {what}")
+    return survived
+
+
+def damaged_checkpoints(count: int, rng: random.Random, saved: Path) -> list[bool]:
+    """Any byte of any file of a checkpoint."""
+    survived, files = [], sorted(path for path in saved.rglob("*") if path.is_file())
+    for _ in range(count):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, rng))
+        try:
+            checkpoint.verify(saved)
+            survived.append(file.read_bytes() == content)
+        except (OSError, ValueError):
+            survived.append(True)
+        file.write_bytes(content)
+    return survived
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+def start(command: list[str], out: Path, *more: str, ranks: int = 1, limited: bool = False
+          ) -> subprocess.Popen:
+    """train.py or eval.py, on one rank or two. limited: no file may be longer than 1 MB."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if ranks > 1 else []), *command, "--out", str(out), *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=limit_files if limited else None)
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
+def run(command: list[str], out: Path, *more: str, **options) -> str:
+    """To its end; raises RuntimeError if that is no good one. Returns what it printed."""
+    process = start(command, out, *more, **options)
+    said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{command[0]} {out}: {said[-2000:]}")
+    return said
+
+
+def state_of_training(out: Path) -> dict:
+    """Weights, moments, random streams (the checkpoint's sums), metrics and trajectories."""
+    metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    lines = [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics]
+    state = checkpoint.sums(checkpoint.newest(out))
+    for name in ("train.json", "sums.json"):         # the first names the run's folder
+        state.pop(name, None)
+    return state | {"metrics": lines, "trajectories": (out / "trajectories.jsonl").read_text()}
+
+
+def state_of_evaluation(out: Path) -> dict:
+    lines = [file.read_text().splitlines() for file in out.glob("predictions-*.jsonl")]
+    return {json.loads(line)["n"]: line for line in sum(lines, [])}
+
+
+def kill_and_go_on(command: list[str], state: Callable, kills: int, rng: random.Random,
+                   folder: Path) -> list[bool]:
+    """One run to its end, and others that are killed once, at any moment that the first knew."""
+    began = time.time()
+    run(command, folder / "whole")
+    seconds, survived = time.time() - began, []
+    for number in range(kills):
+        out = folder / f"killed-{number}"
+        process = start(command, out)
+        time.sleep(rng.uniform(.3, 1) * seconds)
+        process.kill()
+        process.communicate()
+        begun = checkpoint.checkpoints(out) or list(out.glob("predictions-*.jsonl"))
+        if not begun:                                # killed before it had anything to lose
+            shutil.rmtree(out, ignore_errors=True)
+        survived.append(goes_on(command, out, state, state(folder / "whole"), resume=bool(begun)))
+    return survived
+
+
+def goes_on(command: list[str], out: Path, state: Callable, expected: dict, resume: bool = True,
+            ranks: int = 1) -> bool:
+    try:
+        run(command, out, *["--resume"] * resume, ranks=ranks)
+    except RuntimeError as error:
+        print(f"lost: {error}")
+        return False
+    found = state(out)
+    if found != expected:
+        differ = [key for key in found | expected if found.get(key) != expected.get(key)]
+        print(f"lost: {out} differs in {differ}")
+    return found == expected
+
+
+def kill_one_rank(kills: int, rng: random.Random, folder: Path) -> list[bool]:
+    """Of two: the other must not wait for it, and both go on from the checkpoint."""
+    survived = []
+    run(TRAIN, folder / "both", ranks=2)
+    for number in range(kills):
+        out = folder / f"one-killed-{number}"
+        process = start(TRAIN, out, ranks=2)
+        while process.poll() is None and not checkpoint.checkpoints(out):
+            time.sleep(.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(rng.choice(children)), 9)
+        try:
+            process.communicate(timeout=60)
+            ended = process.returncode != 0
+        except subprocess.TimeoutExpired:
+            process.terminate()                      # it takes its children with it
+            ended = False
+        expected = state_of_training(folder / "both")
+        survived.append(ended and goes_on(TRAIN, out, state_of_training, expected, ranks=2))
+    return survived
+
+
+# ---- full disk -----------------------------------------------------------------------------------
+
+def full_disk(folder: Path) -> list[bool]:
+    """A disk of its own on which one checkpoint has place, but not a second; without the right to
+    make one: a limit on the length of files. Needs folder/whole, a run to its end."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=99m", "none", disk],
+                                 stderr=subprocess.DEVNULL).returncode
+    try:
+        out = disk / "run"
+        run(TRAIN, out, "--steps", "1")
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=24m", disk], check=True)
+        process = start(TRAIN, out, "--resume", limited=not mounted)
+        said, _ = process.communicate()
+        checkpoint.verify(checkpoint.newest(out))    # raises ValueError
+        told = process.returncode == 1 and "Traceback" not in said and "train.py: " in said
+        if not told:
+            print(f"lost: a full disk: {said[-500:]}")
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
+        expected = state_of_training(folder / "whole")
+        return [told and goes_on(TRAIN, out, state_of_training, expected)]
+    finally:
+        if mounted:
+            subprocess.run(["umount", disk])
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+def all_kinds(scale: dict[str, int], folder: Path) -> list[tuple[str, int, int]]:
+    """Rows (kind, tried, survived). scale: how often each is tried."""
+    rng, rows = random.Random(0), []
+
+    def row(kind: str, survived: list[bool]) -> None:
+        rows.append((kind, len(survived), sum(survived)))
+        print(f"{kind:24}{len(survived):9,} tried {sum(survived):9,} survived")
+
+    row("hostile turns", hostile_turns(scale["turns"], rng))
+    row("damaged .jsonl, .tsv", damaged_files(scale["files"], rng, folder, pictures=False))
+    row("damaged pictures", damaged_files(scale["files"], rng, folder, pictures=True))
+    row("damaged models", damaged_models(scale["models"], rng, folder / "model"))
+    row("training killed", kill_and_go_on(TRAIN, state_of_training, scale["kills"], rng, folder))
+    saved = checkpoint.newest(folder / "whole")
+    row("damaged checkpoints", damaged_checkpoints(scale["checkpoints"], rng, saved))
+    row("full disk", full_disk(folder))
+    if scale["ranks"]:
+        row("one of two ranks killed", kill_one_rank(scale["ranks"], rng, folder))
+        row("evaluation killed", kill_and_go_on(EVAL, state_of_evaluation, scale["kills"], rng,
+                                                folder / "eval"))
+    return rows
+
+
+FULL = {"turns": 100_000, "files": 2000, "models": 60, "checkpoints": 200, "kills": 5, "ranks": 2}
+QUICK = {"turns": 20_000, "files": 200, "models": 5, "checkpoints": 20, "kills": 1, "ranks": 0}
+TEXT = """
+## What is guarded
+
+- **Hostile turns.** `tools.py` reads what a model wrote, and evaluates none of it. All lengths are
+  bounded. A label that shows nothing, carries markup or fits any picture is refused, also if it is
+  spelled with letters that only look alike.
+- **Files of questions.** Each line is checked when a file is read: fields that lack, stand twice or
+  are misspelt, texts that cannot be written, options that are equal, boxes that are none.
+  `python -m lib.data FILE` and `python -m lib.benchmarks FILE` also open each picture, and name all
+  bad lines at once.
+- **Pictures.** Six formats are opened, and no other. The number of pixels is limited.
+- **Model directories.** A weight that lacks, is unknown, has another shape or is not finite is
+  named, and nothing runs. No code of a directory runs.
+- **Checkpoints.** They are written aside, synced, and then renamed. The older one goes last. Each
+  file has a checksum, which is compared before a run goes on.
+- **Kills.** A run that was killed goes on, bit for bit on the CPU. If one rank dies, the others end.
+
+## What is not guarded
+
+- A bit that turns within a weight of a model directory which is no checkpoint: any finite number
+  could be right. Checkpoints have checksums; other directories have none.
+- `agent.json` says how an agent of ours was taught to speak. Qwen's own directories have none, so
+  nobody misses it if it is removed. Half a chat template is a chat template, too.
+- A picture that is damaged and still decodes: a JPEG has no checksum.
+- What a label means. One letter may stand in for another in ways that no short table holds.
+- Paths in your own files may lead out of their folder: they are yours.
+- A disk that lies about what it has synced.
+"""
+
+
+def page(rows: list[tuple[str, int, int]], seconds: float) -> str:
+    about = __doc__.split("What it teaches: ")[1].split("\n\nRun it")[0]
+    table = [f"| {kind} | {tried:,} | {survived:,} | {tried - survived:,} |"
+             for kind, tried, survived in rows]
+    return f"""# Reliability
+
+{about[0].upper()}{about[1:]}
+
+`python docs/reliability.py` made this page in {seconds / 60:.0f} minutes on two CPU cores.
+
+| what | tried | survived | lost |
+|---|---|---|---|
+{chr(10).join(table)}
+{TEXT}"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a part; writes nothing")
+    quick, began = parser.parse_args(arguments).quick, time.time()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = all_kinds(QUICK if quick else FULL, Path(folder))
+    if not quick:
+        (ROOT / "docs/reliability.md").write_text(page(rows, time.time() - began))
+    lost = sum(tried - survived for _, tried, survived in rows)
+    print(f"{lost} lost, {time.time() - began:.0f} s")
+    sys.exit(lost > 0)
+
+
+if __name__ == "__main__":
+    main()
