@@ -260,8 +260,9 @@ def test_a_run_whose_code_changed_is_not_recorded(trainer, monkeypatch):
 
 def test_code_is_what_shapes_a_run(tmp_path, monkeypatch):
     """A comment or a docstring may be reworded; a number may not be changed."""
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/model.safetensors").write_bytes(b"weights")
+    for name in (*record.SHAPES_A_RUN, "tiny/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     monkeypatch.setattr(record, "ROOT", tmp_path)
 
     def code(source: str) -> str:
