@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from lib import benchmarks, shard
 from lib.checkpoint import append, lock, newest
-from lib.data import DataError, Question
+from lib.data import DataError, Question, check_pictures, listed
 from lib.policy import Policy, Tokens
-from reward import Scorer, answerable, astray, grounded, measure, outcome, score_looks
+from reward import Scorer, astray, grounded, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
 from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
@@ -42,7 +42,7 @@ from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
 # What a --resume may change. (With another batch, sampled answers are others, but as good.)
-FREE = ("n", "batch", "films", "out", "resume", "device")
+FREE = ("n", "check", "batch", "films", "out", "resume", "device")
 NO_TOOLS_PROMPT = """You are a careful visual agent.
 
 Think first, then finish with the letter or the text of your answer:
@@ -223,10 +223,17 @@ def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
     """The benchmark's name, or "", and all its questions."""
     if not args.data:
         return "", world_questions(World(options=args.options), 0, "test", 0, args.n or 500)
-    name, questions = benchmarks.load(args.data)
+    bad = []
+    name, questions = benchmarks.load(args.data, bad)
+    if args.check or args.skip_bad:
+        questions = check_pictures(questions, bad, whole=args.skip_bad)
+    if bad and not args.skip_bad:
+        raise DataError(listed(bad))
+    if bad and shard.rank() == 0:
+        print(f"--skip_bad: {len(bad)} questions are left out:\n{listed(bad)}")
     if not questions:
         raise DataError(f"{args.data}: no questions")
-    return name, questions if name else answerable(questions)
+    return name, questions
 
 
 def final_answer(trajectory: Trajectory, no_tools: bool = False) -> str | None:
@@ -335,6 +342,9 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiny", help="a model directory, or a run of train.py")
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
+    add("--check", action="store_true", help="first open each picture of --data: its header")
+    add("--skip_bad", action="store_true",
+        help="first decode each picture of --data; leave bad questions out, and say which")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
     add("--options", type=int, default=4, help="of the world's mark questions, 0 or 2 to 8")
     add("--temperature", type=float, default=0., help="0 is greedy")

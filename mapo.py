@@ -1,15 +1,16 @@
 """Scores -> returns -> advantages -> loss: MAPO, and GRPO, DAPO, GSPO, PPO as rows of one table.
 
 What it teaches: *where* the semantic score enters. A group of G trajectories answers one question.
-Trajectory i has an outcome r_i in [0, 1]: was the answer right? Its look t, of T_i looks, has a
+Trajectory i has an outcome r_i in [0, 1]: was the answer right? A turn t of it that looks has a
 score s_it in [0, 1]: did the crop show what the agent said that it looks for?
 
-    S_i = sum_t lam^(T_i - t) s_it / sum_t lam^(T_i - t)          (1)
+    S_i = sum_t lam^n_it s_it / sum_t lam^n_it          (1)
     R_i = (1 - beta) r_i + beta S_i                               (2)
     A_i = (R_i - mean R) / (std R + 1e-6)                         (3)
     L = - sum_ij w_ij min(ratio_ij A_i, clip(ratio_ij, 1 - low, 1 + high) A_i)       (4)
 
-Eq. 1: later looks lead to the answer, so they weigh more. No look: S_i = 0.
+Eq. 1: the sums are over the turns that look; n_it is the number of looks after turn t. Later looks
+lead to the answer, so they weigh more. No look: S_i = 0.
 Eq. 2: the coupling. With beta = 0 this is GRPO (arXiv 2402.03300).
 Eq. 3: mean and std are those of the group. This is GRPO's advantage.
 Eq. 4: PPO's clipped surrogate, over the tokens j of the agent. ratio_ij is the token's probability
@@ -36,8 +37,8 @@ def trajectory_score(scores: Tensor, looked: Tensor, lam: float) -> Tensor:
 
 
 def look_weights(looked: Tensor, lam: float) -> Tensor:
-    """lam^(T_i - t) of eq. 1, and 0 for a turn without a look: looked (N, T) -> (N, T)."""
-    later = looks_left(looked) - looked.float()           # looks after this turn
+    """lam^n_it of eq. 1, and 0 for a turn without a look: looked (N, T) -> (N, T)."""
+    later = looks_left(looked) - looked.float()           # n_it, the looks after turn t
     return lam ** later * looked
 
 
@@ -93,6 +94,15 @@ def check(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, la
 
 
 # ---- credit: which turns does the score pay? -----------------------------------------------------
+#
+# A_it before the division by std R, with b for beta and r' for r_i - mean r of the group:
+#
+#               a look in turn t                          an answer after looks   never looked
+# trajectory    R_i - mean R                              R_i - mean R            R_i - mean R
+# look, eq. 5   (1 - b) r' + b (S from t on - mean S)     (1 - b) r'              R_i - mean R
+# aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
+#
+# R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S.
 
 CREDITS = ("trajectory", "look", "aim")
 
@@ -170,13 +180,14 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
 def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tensor:
     """GSPO's ratio, exp(mean of the log-ratios of a trajectory's tokens): (B, L), equal in a row.
 
-    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): each token's value is the
-    trajectory's, each token's slope its own. With one advantage for the whole trajectory both forms
-    have the same gradient. With one for each turn only this form keeps them apart."""
+    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): token j moves logp_j alone. In
+    plain GSPO each token's loss moves the logp of all tokens of the row, by 1 / count. With one
+    advantage for the whole trajectory both give the same gradient. With one for each turn plain
+    GSPO would mix the turns up."""
     own = (weight > 0).float()
     count = own.sum(1, keepdim=True).clamp(min=1)
     mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)
-    return mean.detach() + logp - logp.detach()
+    return mean.detach() + (logp - logp.detach())         # the bracket is 0, with the slope of logp
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -30,11 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 from lib import benchmarks
-from lib.data import DataError, Question, choose, holds, normalise, shows
+from lib.data import Question, choose, holds, normalise, shows
+from lib.labels import MAX_LABEL_CHARS, MAX_LABEL_WORDS
 from lib.policy import Policy, Tokens, distinct
 from rollout import Trajectory, Turn
 from tiny.world import World, world_questions
-from tools import MAX_LABEL_CHARS, MAX_LABEL_WORDS, ZOOM, Call, fit, run_tool
+from tools import ZOOM, Call, fit, run_tool
 
 SHARPNESS, THRESHOLD = 1.5, 2.0   # of eq. 10
 
@@ -52,16 +53,6 @@ def outcome(question: Question, answer: str | None) -> float:
         chosen = choose(answer, question.choices)
         return float(chosen is not None and chosen == choose(question.answer, question.choices))
     return float(normalise(answer) == normalise(question.answer))
-
-
-def answerable(questions: list[Question]) -> list[Question]:
-    """The questions, if each answer is one of its choices. Raises DataError: a question that can
-    never be right would teach nothing, silently."""
-    for q in questions:
-        if q.choices and choose(q.answer, q.choices) is None:
-            raise DataError(f"question {q.id}: field 'answer': expected one of {list(q.choices)} "
-                            f"or its letter, found {q.answer!r}")
-    return questions
 
 
 # ---- semantic score ------------------------------------------------------------------------------

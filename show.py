@@ -108,7 +108,7 @@ def find_questions(views: list[dict], folder: Path) -> dict[str, Question]:
     wanted = {view["id"] for view in views}
     try:
         if file:
-            every = benchmarks.load(file)[1]
+            every = benchmarks.load(file, [])[1]
             return {question.id: question for question in every if question.id in wanted}
         world = World(options=settings.get("options", 4))
         for name in wanted:

@@ -9,26 +9,24 @@ observation. Nothing here evaluates or trusts what a model wrote, and every leng
 
 MAPO makes `label` mandatory for every tool, and puts it first: say what you look for, *then* look.
 A box is in pixels of the image that the model saw; the crop is cut from the original, and one
-function, `to_original`, maps between the two. TOOLS at the end of the file holds the tools; a new
-one is added there and nowhere else (docs/extending.md shows how).
+function, `to_original`, maps between the two. The dict TOOLS holds the tools; a new one is added
+there and nowhere else (docs/extending.md shows how).
 
 Run it:  python tools.py            # good and bad calls, and what the agent gets back; 1 s
 """
-import functools
 import json
 import math
-import re
-import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
 from PIL import Image
 
+from lib import labels
+
 ZOOM = "image_zoom_in_tool"
 MAX_TURN_CHARS, MAX_ANSWER_CHARS = 20_000, 500   # longer turns and answers are cut ..
 MAX_CALL_CHARS = 2_000                           # .. longer calls are refused unread
-MAX_LABEL_WORDS, MAX_LABEL_CHARS = 12, 80
 MIN_SIDE, MAX_ASPECT = 4, 100                    # of a box, in its own units, after clamping
 MAX_IMAGE_ASPECT = 200                           # of an image that a model can take
 LARGEST = 1e9                                    # a coordinate beyond this is no number
@@ -128,67 +126,15 @@ def refuse_constant(name: str):
     raise ToolError("not_finite", "bbox_2d must hold four finite numbers.")   # NaN, Infinity
 
 
-# Words that fit any picture. A label of these alone says nothing that a crop could disagree with.
-VAGUE = frozenset("""a an the this that these those it its he she they them there here of in on at
-    to for with and or is are my some any other another one ones image images picture pictures photo
-    photos photograph crop crops object objects thing things stuff item items something anything
-    everything region regions area areas part parts section place spot location detail details view
-    scene zoom zoomed look target label description content box bbox bounding visual whole entire
-    full main interest relevant question answer left right top bottom upper lower center centre
-    middle corner side small large big tiny""".split())
-
-# Characters that show nothing, whatever their category: fillers, blanks, and variation selectors.
-SELECTORS = [*range(0x180b, 0x1810), *range(0xfe00, 0xfe10), *range(0xe0100, 0xe01f0)]
-BLANK = ("\u034f\u115f\u1160\u17b4\u17b5\u2800\ufffc\U00013441\U00013442\U00016fe4\U0001d159"
-         + "".join(map(chr, SELECTORS)))
-INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Cn")   # control, format, private, surrogate, unassigned
-
-# What looks like < or >, and the letters that other scripts' letters and digits look like.
-ANGLES = ("<>\u02c2\u02c3\u1433\u1438\u16b2\u2039\u203a\u276c\u276d\u276e\u276f\u2770\u2771\u27e8"
-          "\u27e9\u29fc\u29fd\u3008\u3009")
-LOOK_ALIKES = str.maketrans("аеорсухѕԁһкмнтвіјӏ" "αορνιτκυχεημβ" "ıɑɡl" "0134579",
-                            "aeopcyxsdhkmhtbiji" "aopvitkuxehmb" "iagi" "oieastg")
-
-
 def check_label(label: object) -> str:
     """The cleaned description. Refuses (ToolError) what is missing, empty, too long or vague, or
-    carries markup or invisible characters."""
+    carries markup or invisible characters: lib/labels.py."""
     if not isinstance(label, str):
         message = '"label" is required: a text that says what you are looking for.'
         raise ToolError("no_label", message)
-    label = unicodedata.normalize("NFKC", label)   # full-width letters and ligatures become plain
-    if any(unicodedata.category(c) in INVISIBLE or c in BLANK for c in label):
-        message = "the label holds control, invisible or private characters."
-        raise ToolError("label_characters", message)
-    if any(c in ANGLES for c in label):
-        raise ToolError("label_markup", "the label must be plain words, without < or >.")
-    label = " ".join(label.split())
-    words = re.findall(r"[^\W_]+", label.lower())
-    if not words:
-        raise ToolError("empty_label", "the label is empty. Say what you are looking for.")
-    if len(label) > MAX_LABEL_CHARS or len(label.split()) > MAX_LABEL_WORDS:
-        raise ToolError("long_label", f"the label is too long: at most {MAX_LABEL_WORDS} words "
-                                      f"and {MAX_LABEL_CHARS} characters.")
-    if is_vague(words):
-        message = "the label fits any picture. Name the object that you are looking for."
-        raise ToolError("vague_label", message)
-    return label
-
-
-def is_vague(words: list[str]) -> bool:
-    """Only words of VAGUE: also as "0bjéct", and what is left also in pieces, as "ob ject"."""
-    vague = {fold(word) for word in VAGUE}
-    left = fold("".join(word for word in words if fold(word) not in vague))
-    parts = "|".join(word for word in vague if len(word) > 2)   # "in box" is none of them
-    return re.fullmatch(f"({parts})*", left) is not None
-
-
-@functools.lru_cache(maxsize=1000)
-def fold(word: str) -> str:
-    """Letters that look alike become one, and lose their accents. A number stays a number."""
-    if word.isdigit():
-        return word
-    return re.sub(r"\W", "", unicodedata.normalize("NFD", word).translate(LOOK_ALIKES))
+    if found := labels.fault(label):
+        raise ToolError(*found)
+    return labels.clean(label)
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -320,7 +266,7 @@ def system_prompt(coordinates: str = "pixels") -> str:
     units = {"pixels": "pixels of the image",
              "1000": "thousandths of the image's width and height, 0 to 1000"}
     label = {"type": "string", "description": "What the region shows, specifically: at most "
-                                              f"{MAX_LABEL_WORDS} words."}
+                                              f"{labels.MAX_LABEL_WORDS} words."}
     schemas = []
     for name, tool in TOOLS.items():
         properties = {"label": label} | tool.parameters

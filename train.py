@@ -45,10 +45,10 @@ from eval import evaluate, record, summary, table, wilson
 from lib import checkpoint, shard
 from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
-from lib.data import DataError, Question, read_jsonl
+from lib.data import DataError, Question, check_pictures, listed, read_jsonl
 from lib.policy import Policy, not_finite
 from lib.views import closing
-from reward import Scorer, answerable, measure, rewards, score_looks
+from reward import Scorer, measure, rewards, score_looks
 from rollout import Trajectory, collect
 from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
@@ -124,13 +124,15 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name in ("temperature", "lr", "critic_lr", "clip", "grad_clip"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name}: expected a number above 0, found {getattr(config, name)}")
-    if not config.beta <= 1 or not 0 < config.lam <= 1:
-        parser.error(f"expected --beta up to 1, --lam in (0, 1]; found {config.beta}, {config.lam}")
+    if not (0 <= config.beta <= 1 or config.beta == -1) or not 0 < config.lam <= 1:
+        parser.error(f"expected --beta in [0, 1], --lam in (0, 1]; found {config.beta}, "
+                     f"{config.lam}")
     if config.test and not config.data:
         parser.error("--test: needs --data, the questions to train on")
+    usual = mapo.ALGORITHMS[config.algo].beta
+    config.beta = -1. if config.beta == usual else config.beta      # no part of the run's name
     config.out = config.out or f"runs/{run_name(config)}"
-    if config.beta < 0:
-        config.beta = mapo.ALGORITHMS[config.algo].beta
+    config.beta = usual if config.beta == -1 else config.beta
     return config
 
 
@@ -164,11 +166,11 @@ def train(config: Config) -> dict:
             with shard.together():
                 trajectories, sampled = roll_out(run, step)            # with outcomes and scores
             rolled = time.time()
-            advantage = advantages(run, trajectories)                  # (N, L - 1)
-            batch = to_batch(trajectories, advantage, run.row)
+            advantage = token_advantages(run, trajectories)            # (N, L - 1)
+            batch = to_batch(trajectories, advantage, run.algorithm)
             updates = []
             for _ in range(config.updates):
-                totals = accumulate(run.policy, run.optimiser, batch, run.row, config)
+                totals = accumulate(run.policy, run.optimiser, batch, run.algorithm, config)
                 updates.append(take_step(run, batch, totals, step))
             metrics = log(run, step, sampled, batch, updates, began, rolled, bar)
             del trajectories, sampled, batch  # their features must not lie beside the next step's
@@ -186,7 +188,7 @@ def train(config: Config) -> dict:
 @dataclass
 class Run:
     config: Config
-    row: mapo.Algorithm
+    algorithm: mapo.Algorithm
     out: Path
     policy: Policy                  # what is trained
     base: Policy                    # what it was at first: frozen, and the encoder of the scores
@@ -207,7 +209,8 @@ class Run:
 def prepare(config: Config) -> Run:
     """Load everything, or fail before anything is written. All ranks do it alike."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    device, row = shard.setup(config.device), mapo.ALGORITHMS[config.algo]
+    device = shard.setup(config.device)
+    algorithm = mapo.ALGORITHMS[config.algo]
     with shard.together():
         if config.questions % shard.ranks():
             raise ValueError(f"--questions: expected a multiple of {shard.ranks()} ranks, "
@@ -228,8 +231,9 @@ def prepare(config: Config) -> Run:
         generator = torch.Generator(policy.device)
         generator.manual_seed(config.seed + 1_000_003 * shard.rank())
     optimiser = shard.ShardedAdamW(parameters)
-    critic = Critic(policy) if row.critic else None
-    run = Run(config, row, out, policy, base, scorer, optimiser, critic, generator, stream, tests)
+    critic = Critic(policy) if algorithm.critic else None
+    run = Run(config, algorithm, out, policy, base, scorer, optimiser, critic, generator, stream,
+              tests)
     if saved:
         run.first = checkpoint.load(saved, run.optimisers, generator)
     with shard.together():
@@ -258,9 +262,7 @@ class Questions:
     def __init__(self, config: Config):
         self.config, self.file = config, []
         if config.data:
-            self.file = answerable(list(read_jsonl(config.data)))
-            if not self.file:
-                raise DataError(f"{config.data}: holds no questions")
+            self.file = own_questions(config.data)
 
     def __call__(self, step: int, draw: int = 0) -> list[Question]:
         """The questions of a step, of all ranks; `draw` counts further draws for the same step."""
@@ -278,13 +280,22 @@ class Questions:
         return torch.randperm(len(self.file), generator=generator).tolist()
 
 
+def own_questions(file: str) -> list[Question]:
+    """Of a .jsonl. All bad lines and pictures are named before anything runs (DataError)."""
+    bad = []
+    questions = check_pictures(read_jsonl(file, bad), bad)
+    if bad or not questions:
+        raise DataError(listed(bad) or f"{file}: holds no questions")
+    return questions
+
+
 def held_out(config: Config) -> list[Question]:
     if not config.data:
         world = World(options=config.options)
         return world_questions(world, 0, "test", config.eval_start, config.eval_questions)
     if not config.test:
         return []
-    return answerable(list(read_jsonl(config.test))[:config.eval_questions])
+    return own_questions(config.test)[:config.eval_questions]
 
 
 # ---- roll out ------------------------------------------------------------------------------------
@@ -294,10 +305,10 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
 
     Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out, and
     others drawn in their place, `max_draws` times at most. If no group has a signal, the last ones
-    are returned; `advantages` gives them none."""
+    are returned; `token_advantages` gives them none."""
     config, kept, sampled = run.config, [], []
     wanted = config.questions // shard.ranks() * config.group
-    for draw in range(run.row.max_draws):
+    for draw in range(run.algorithm.max_draws):
         questions = run.stream(step, draw)[shard.rank()::shard.ranks()]
         questions = questions[:(wanted - len(kept)) // config.group]
         part = collect(run.policy, questions, config.group, config.max_turns, config.max_tokens,
@@ -305,7 +316,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
         score_looks(part, run.scorer, config.describe)
         sampled += part
         signal = signal_of(part, config).repeat_interleave(config.group).tolist()
-        kept += [t for t, s in zip(part, signal) if s or run.row.max_draws == 1]
+        kept += [t for t, s in zip(part, signal) if s or run.algorithm.max_draws == 1]
         if len(kept) == wanted:
             break
     return kept or part, sampled
@@ -320,20 +331,20 @@ def signal_of(trajectories: list[Trajectory], config: Config) -> Tensor:
 
 # ---- advantage -----------------------------------------------------------------------------------
 
-def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
+def token_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Advantage of each token (N, L - 1); column j speaks of token j + 1."""
-    config, row = run.config, run.row
+    config, algorithm = run.config, run.algorithm
     r, s, looked = rewards(trajectories)
-    if row.overlong:                           # only where there is a signal beside the length
+    if algorithm.overlong:                         # only where there is a signal beside the length
         limit = config.max_turns * config.max_tokens
         lengths = torch.tensor([sum(t.mask) for t in trajectories])
-        penalty = mapo.overlong_penalty(lengths, limit, round(row.overlong * limit))
+        penalty = mapo.overlong_penalty(lengths, limit, round(algorithm.overlong * limit))
         r = r + penalty * signal_of(trajectories, config).repeat_interleave(config.group)
     if run.critic:
         paid = payments(trajectories, r, s, looked, config.beta, config.lam, config.credit)
         return run.critic.advantages(trajectories, paid, config.micro_tokens)
     A = mapo.advantages(r, s, looked, config.group, config.beta, config.lam, config.credit,
-                        row.std)
+                        algorithm.std)
     return spread(A, trajectories)
 
 
@@ -348,22 +359,22 @@ class Batch:
     weight: Tensor                  # w of eq. 4; sums to 1 over all ranks
 
 
-def to_batch(trajectories: list[Trajectory], advantage: Tensor, row: mapo.Algorithm) -> Batch:
+def to_batch(trajectories: list[Trajectory], advantage: Tensor, algorithm: mapo.Algorithm) -> Batch:
     """The weights of all tokens are fixed here, before the first backward: so the gradients of
     micro-batches add up to the same sum, however they are cut, on any number of ranks."""
     mask = pad([t.mask for t in trajectories], False)
-    count = float(mask.sum() if row.mean == "token" else len(mask))
-    weight = mapo.token_weights(mask, row.mean) * (count / shard.all_sum(count))
+    count = float(mask.sum() if algorithm.mean == "token" else len(mask))
+    weight = mapo.token_weights(mask, algorithm.mean) * (count / shard.all_sum(count))
     return Batch(trajectories, advantage, pad([t.logps for t in trajectories], 0.), weight)
 
 
-def accumulate(policy: Policy, optimiser: shard.ShardedAdamW, batch: Batch, row: mapo.Algorithm,
-               config: Config) -> dict[str, float]:
+def accumulate(policy: Policy, optimiser: shard.ShardedAdamW, batch: Batch,
+               algorithm: mapo.Algorithm, config: Config) -> dict[str, float]:
     """Leave the gradient of eq. 4, over all trajectories of all ranks, in the optimiser.
 
     A trajectory whose advantage is 0 everywhere has no gradient and is skipped. Returns the sums
     of `count_in` over the tokens that were learnt from."""
-    low, high = config.clip * row.clip_low, config.clip * row.clip_high
+    low, high = config.clip * algorithm.clip_low, config.clip * algorithm.clip_high
     learnt = ((batch.advantage * batch.weight) != 0).any(1).nonzero()[:, 0].tolist()
     totals = defaultdict(float)
     optimiser.zero_grad()
@@ -374,7 +385,7 @@ def accumulate(policy: Policy, optimiser: shard.ShardedAdamW, batch: Batch, row:
                                             config.temperature, [t.prompt for t in part])
             old, advantage, weight = (x[rows, :logp.shape[1]].to(policy.device)
                                       for x in (batch.old_logp, batch.advantage, batch.weight))
-            loss, stats = mapo.loss(logp, old, advantage, weight, low, high, row.ratio)
+            loss, stats = mapo.loss(logp, old, advantage, weight, low, high, algorithm.ratio)
             loss.backward()
             count_in(totals, loss, stats, logp, old, entropy, weight)
         optimiser.finish_micro_batch()
@@ -390,8 +401,8 @@ def count_in(totals: dict, loss: Tensor, stats: dict, logp: Tensor, old: Tensor,
     totals["entropy"] += (weight * entropy).sum().item()
     for name, value in stats.items():
         totals[name] += value.item()
-    gap = (logp - old).abs()[weight > 0].max().item()
-    totals["logp_gap"] = max(totals["logp_gap"], gap)
+    difference = (logp - old).abs()[weight > 0].max().item()
+    totals["logp_gap"] = max(totals["logp_gap"], difference)
 
 
 def take_step(run: Run, batch: Batch, totals: dict[str, float], step: int) -> dict[str, float]:

@@ -42,7 +42,7 @@ from reward import Scorer, grounded, measure, rewards, score_looks
 from rollout import Trajectory, collect
 from theory import BETAS, Moments
 from tiny.world import World, world_questions
-from train import Config, advantages, signal_of
+from train import Config, token_advantages, signal_of
 
 ORACLE = "oracle, R = hit"
 SWEEP = ["grpo"] + [f"mapo, beta {beta:g}" for beta in BETAS[1:]]     # mapo at beta 0 is grpo
@@ -80,8 +80,9 @@ def score_vectors(policy: Policy, trajectories: list[Trajectory], tokens: str = 
     PPO gives each token its own advantage. The last u is that of its whole trajectory."""
     parameters, row = policy.freeze_vision(), mapo.ALGORITHMS["ppo"]
     sketch = count_sketch(sum(p.numel() for p in parameters))
-    ppo = SimpleNamespace(config=Config(beta=0.), row=row, critic=Critic(policy))   # it says 0
-    A = advantages(ppo, trajectories)                                               # (N, L - 1)
+    critic = Critic(policy)                                                 # it says 0
+    ppo = SimpleNamespace(config=Config(beta=0.), algorithm=row, critic=critic)
+    A = token_advantages(ppo, trajectories)                                         # (N, L - 1)
     u = torch.zeros(len(trajectories), TURNS + 1, WIDTH)
     for i, t in enumerate(tqdm(trajectories, "gradients", disable=None)):
         logp, sums = policy.logprobs([t.tokens], [t.mask])[0][0], {}
@@ -114,7 +115,8 @@ def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple
     if row.critic:
         C[:, TURNS] = 1
     else:
-        A = advantages(SimpleNamespace(config=config, row=row, critic=None), trajectories)
+        run = SimpleNamespace(config=config, algorithm=row, critic=None)
+        A = token_advantages(run, trajectories)
         for i, t in enumerate(trajectories):   # all tokens of a turn have one advantage
             C[i, :len(t.turns)] = A[i, [turn.tokens.stop - 2 for turn in t.turns]]
     mask = pad([t.mask for t in trajectories], False)

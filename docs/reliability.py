@@ -12,8 +12,8 @@ purpose, many times, from a seed. What is tried *survives* if it ends as it shou
 
 All else is *lost*.
 
-Run it:  python docs/reliability.py            # SECONDS -> docs/reliability.md
-         python docs/reliability.py --quick    # a part of it; writes nothing
+Run it:  python docs/reliability.py            # 8 minutes -> the table of docs/reliability.md
+         python docs/reliability.py --quick    # a part, in 42 s; writes nothing
 """
 import argparse
 import base64
@@ -21,12 +21,14 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Callable
 
@@ -39,11 +41,14 @@ from safetensors.torch import load_file, save_file
 
 from lib import benchmarks, checkpoint
 from lib.data import FORMATS, DataError, Question, check_pictures
+from lib.labels import MAX_LABEL_CHARS
 from lib.policy import Policy
 from rollout import collect
 from tiny.world import World, world_question
-from tools import MAX_ANSWER_CHARS, MIN_SIDE, Answer, Call, ToolError, parse, zoom_call
+from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MIN_SIDE, Answer, Call, ToolError, parse,
+                   zoom_call)
 
+PAGE = ROOT / "docs/reliability.md"
 SEEN = (96, 72)                                  # of the hostile turns' image
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}    # not the same in two runs
 TRAIN = ["train.py", "--steps", "8", "--save_every", "1", "--questions", "2", "--group", "4",
@@ -61,8 +66,8 @@ PIECES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</
 TURNS = ["<think>look</think>" + zoom_call("the red sign", (10, 20, 50, 60)),
          "<think>so</think><answer>(B)</answer>", zoom_call("a cup", (0, 0, 96, 72), gap="\n")]
 
-LETTERS = [*"object image", *"оbjесt іmаgе", "red ", "the ", "<", "\u2039", "\u0301", "\u200b", "\ud800",
-           "\ufdfa", "7", *map(chr, range(0, 0x30000, 4097))]
+LETTERS = [*"object image", *"оbjесt іmаgе", "red ", "the ", "<", "\u2039", "\u0301", "\u200b",
+           "\ud800", "\ufdfa", "7", *map(chr, range(0, 0x30000, 4097))]
 NUMBERS = [*range(-7, 105, 7), 0.5, 3.999, 1e9, 1e10, 10**400, float("nan"), True, None, "7", []]
 
 
@@ -101,12 +106,10 @@ def in_bounds(action: Call | Answer) -> bool:
     if isinstance(action, Answer):
         return 0 < len(action.text) <= MAX_ANSWER_CHARS
     x1, y1, x2, y2 = action.bbox
-    box = 0 <= x1 <= x2 - MIN_SIDE and 0 <= y1 <= y2 - MIN_SIDE and x2 <= SEEN[0] and y2 <= SEEN[1]
-    return box and action.label.isprintable() and "<" not in action.label
-
-
-def hostile_turns(count: int, rng: random.Random) -> list[bool]:
-    return [turn_survives(hostile_turn(rng)) for _ in range(count)]
+    inside = 0 <= x1 and 0 <= y1 and x2 <= SEEN[0] and y2 <= SEEN[1]
+    short, long = sorted((x2 - x1, y2 - y1))
+    label = action.label.isprintable() and 0 < len(action.label) <= MAX_LABEL_CHARS
+    return inside and MIN_SIDE <= short and long <= MAX_ASPECT * short and label
 
 
 # ---- damaged files -------------------------------------------------------------------------------
@@ -184,25 +187,26 @@ def damaged_files(count: int, rng: random.Random, folder: Path, pictures: bool) 
 # ---- damaged models ------------------------------------------------------------------------------
 
 def damage_model(folder: Path, rng: random.Random) -> str:
-    """A weight of another kind, or a file that was not copied whole. Says what was done."""
+    """A weight is lost, new, too long or no number; or a file is not copied whole. Says which."""
     weights = load_file(folder / "model.safetensors")
-    name = rng.choice(sorted(weights))
-    changed = {"missing": None, "misshapen": torch.cat([weights[name]] * 2),
-               "not finite": weights[name] * torch.nan}
-    what = rng.choice([*changed, "unknown", "cut", "empty", "removed", "zeros"])
-    if what in changed or what == "unknown":
-        weights |= {name: changed.get(what)} if what in changed else {f"{name}2": weights[name] + 0}
-        save_file({key: w for key, w in weights.items() if w is not None},
-                  folder / "model.safetensors", {"format": "pt"})
-        return f"{name} {what}"
-    file = folder / rng.choice(["config.json", "model.safetensors", "tokenizer.json",
-                                "preprocessor_config.json"])
-    size = file.stat().st_size
-    contents = {"cut": file.read_bytes()[:rng.randrange(1, size)], "empty": b"", "zeros": bytes(size)}
-    file.unlink()
-    if what != "removed":
-        file.write_bytes(contents[what])
-    return f"{file.name} {what}"
+    name, what = rng.choice(sorted(weights)), rng.choice(["missing", "unknown", "misshapen", "NaN",
+                                                          "cut", "empty", "removed", "zeros"])
+    if what in ("cut", "empty", "removed", "zeros"):
+        file = folder / rng.choice(["config.json", "model.safetensors", "tokenizer.json",
+                                    "preprocessor_config.json"])
+        content = file.read_bytes()
+        half = content[:rng.randrange(1, len(content))]
+        file.write_bytes({"cut": half, "zeros": bytes(len(content))}.get(what, b""))
+        if what == "removed":
+            file.unlink()
+        return f"{file.name} {what}"
+    weight = weights.pop(name)
+    if what == "unknown":
+        weights |= {name: weight, f"{name}.more": weight.clone()}
+    elif what != "missing":
+        weights[name] = weight * torch.nan if what == "NaN" else torch.cat([weight, weight])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return f"{name} {what}"
 
 
 def speech(folder: Path) -> list:
@@ -288,14 +292,15 @@ def state_of_evaluation(out: Path) -> dict:
 
 def kill_and_go_on(command: list[str], state: Callable, kills: int, rng: random.Random,
                    folder: Path) -> list[bool]:
-    """One run to its end, and others that are killed once, at any moment that the first knew."""
+    """One run to its end, and others that are killed once, in the second half of the first's time.
+    """
     began = time.time()
     run(command, folder / "whole")
     seconds, survived = time.time() - began, []
     for number in range(kills):
         out = folder / f"killed-{number}"
         process = start(command, out)
-        time.sleep(rng.uniform(.3, 1) * seconds)
+        time.sleep(rng.uniform(.5, 1) * seconds)     # what comes before is the loading
         process.kill()
         process.communicate()
         begun = checkpoint.checkpoints(out) or list(out.glob("predictions-*.jsonl"))
@@ -343,104 +348,73 @@ def kill_one_rank(kills: int, rng: random.Random, folder: Path) -> list[bool]:
 
 # ---- full disk -----------------------------------------------------------------------------------
 
-def full_disk(folder: Path) -> list[bool]:
-    """A disk of its own on which one checkpoint has place, but not a second; without the right to
-    make one: a limit on the length of files. Needs folder/whole, a run to its end."""
-    disk = folder / "disk"
+def full_disk(megabytes: int, whole: Path, disk: Path) -> bool:
+    """On a disk of its own a run saves a checkpoint of 16 MB. Then the disk has so many megabytes:
+    with 17 not even the second's model has place, with 23 its optimiser has none. Who may not mount
+    a disk has a limit on the length of a file instead."""
     disk.mkdir()
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=99m", "none", disk],
-                                 stderr=subprocess.DEVNULL).returncode
+    mount = ["mount", "-t", "tmpfs", "-o", "size=99m", "none", disk]
+    mounted = not subprocess.run(mount, stderr=subprocess.DEVNULL).returncode
     try:
         out = disk / "run"
         run(TRAIN, out, "--steps", "1")
-        if mounted:
-            subprocess.run(["mount", "-o", "remount,size=24m", disk], check=True)
+        resize(disk, megabytes, mounted)
         process = start(TRAIN, out, "--resume", limited=not mounted)
         said, _ = process.communicate()
-        checkpoint.verify(checkpoint.newest(out))    # raises ValueError
-        told = process.returncode == 1 and "Traceback" not in said and "train.py: " in said
+        resize(disk, 99, mounted)
+        told = process.returncode == 1 and "Traceback" not in said and "\ntrain.py: " in said
         if not told:
-            print(f"lost: a full disk: {said[-500:]}")
-        if mounted:
-            subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
-        expected = state_of_training(folder / "whole")
-        return [told and goes_on(TRAIN, out, state_of_training, expected)]
+            print(f"lost: {megabytes} MB: {said[-500:]}")
+        return goes_on(TRAIN, out, state_of_training, state_of_training(whole)) and told
     finally:
         if mounted:
             subprocess.run(["umount", disk])
 
 
+def resize(disk: Path, megabytes: int, mounted: bool) -> None:
+    if mounted:
+        subprocess.run(["mount", "-o", f"remount,size={megabytes}m", disk], check=True)
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
-def all_kinds(scale: dict[str, int], folder: Path) -> list[tuple[str, int, int]]:
-    """Rows (kind, tried, survived). scale: how often each is tried."""
-    rng, rows = random.Random(0), []
+FULL = {"turns": 100_000, "files": 2000, "models": 60, "checkpoints": 200, "kills": 5, "ranks": 2,
+        "disks": (17, 23)}
+QUICK = {"turns": 20_000, "files": 200, "models": 5, "checkpoints": 20, "kills": 1, "ranks": 0,
+         "disks": ()}
+
+
+def try_all(scale: dict, folder: Path) -> dict[str, list[bool]]:
+    """Each kind, as often as `scale` says: which survived."""
+    rng, rows = random.Random(0), {}
 
     def row(kind: str, survived: list[bool]) -> None:
-        rows.append((kind, len(survived), sum(survived)))
-        print(f"{kind:24}{len(survived):9,} tried {sum(survived):9,} survived")
+        rows[kind] = survived
+        print(f"{kind:24}{len(survived):9,} tried {sum(survived):9,} survived", flush=True)
 
-    row("hostile turns", hostile_turns(scale["turns"], rng))
+    row("hostile turns", [turn_survives(hostile_turn(rng)) for _ in range(scale["turns"])])
     row("damaged .jsonl, .tsv", damaged_files(scale["files"], rng, folder, pictures=False))
     row("damaged pictures", damaged_files(scale["files"], rng, folder, pictures=True))
     row("damaged models", damaged_models(scale["models"], rng, folder / "model"))
     row("training killed", kill_and_go_on(TRAIN, state_of_training, scale["kills"], rng, folder))
-    saved = checkpoint.newest(folder / "whole")
+    whole = folder / "whole"
+    saved = checkpoint.newest(whole)
     row("damaged checkpoints", damaged_checkpoints(scale["checkpoints"], rng, saved))
-    row("full disk", full_disk(folder))
-    if scale["ranks"]:
-        row("one of two ranks killed", kill_one_rank(scale["ranks"], rng, folder))
+    if scale is FULL:
         row("evaluation killed", kill_and_go_on(EVAL, state_of_evaluation, scale["kills"], rng,
-                                                folder / "eval"))
+                                                folder / "evaluation"))
+        row("one of two ranks killed", kill_one_rank(scale["ranks"], rng, folder))
+        row("full disk", [full_disk(size, whole, folder / f"{size}") for size in scale["disks"]])
     return rows
 
 
-FULL = {"turns": 100_000, "files": 2000, "models": 60, "checkpoints": 200, "kills": 5, "ranks": 2}
-QUICK = {"turns": 20_000, "files": 200, "models": 5, "checkpoints": 20, "kills": 1, "ranks": 0}
-TEXT = """
-## What is guarded
-
-- **Hostile turns.** `tools.py` reads what a model wrote, and evaluates none of it. All lengths are
-  bounded. A label that shows nothing, carries markup or fits any picture is refused, also if it is
-  spelled with letters that only look alike.
-- **Files of questions.** Each line is checked when a file is read: fields that lack, stand twice or
-  are misspelt, texts that cannot be written, options that are equal, boxes that are none.
-  `python -m lib.data FILE` and `python -m lib.benchmarks FILE` also open each picture, and name all
-  bad lines at once.
-- **Pictures.** Six formats are opened, and no other. The number of pixels is limited.
-- **Model directories.** A weight that lacks, is unknown, has another shape or is not finite is
-  named, and nothing runs. No code of a directory runs.
-- **Checkpoints.** They are written aside, synced, and then renamed. The older one goes last. Each
-  file has a checksum, which is compared before a run goes on.
-- **Kills.** A run that was killed goes on, bit for bit on the CPU. If one rank dies, the others end.
-
-## What is not guarded
-
-- A bit that turns within a weight of a model directory which is no checkpoint: any finite number
-  could be right. Checkpoints have checksums; other directories have none.
-- `agent.json` says how an agent of ours was taught to speak. Qwen's own directories have none, so
-  nobody misses it if it is removed. Half a chat template is a chat template, too.
-- A picture that is damaged and still decodes: a JPEG has no checksum.
-- What a label means. One letter may stand in for another in ways that no short table holds.
-- Paths in your own files may lead out of their folder: they are yours.
-- A disk that lies about what it has synced.
-"""
-
-
-def page(rows: list[tuple[str, int, int]], seconds: float) -> str:
-    about = __doc__.split("What it teaches: ")[1].split("\n\nRun it")[0]
-    table = [f"| {kind} | {tried:,} | {survived:,} | {tried - survived:,} |"
-             for kind, tried, survived in rows]
-    return f"""# Reliability
-
-{about[0].upper()}{about[1:]}
-
-`python docs/reliability.py` made this page in {seconds / 60:.0f} minutes on two CPU cores.
-
-| what | tried | survived | lost |
-|---|---|---|---|
-{chr(10).join(table)}
-{TEXT}"""
+def page(rows: dict[str, list[bool]], old: str) -> str:
+    """The old page with the new table."""
+    table = ["| what | tried | survived | lost |", "|---|---|---|---|"]
+    for kind, survived in rows.items():
+        lost = survived.count(False)
+        table.append(f"| {kind} | {len(survived):,} | {sum(survived):,} | {lost:,} |")
+    return re.sub(r"(\|.*\n)+", "\n".join(table) + "\n", old, count=1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -448,11 +422,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a part; writes nothing")
     quick, began = parser.parse_args(arguments).quick, time.time()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")                  # Pillow's, about pictures that are damaged
     with tempfile.TemporaryDirectory() as folder:
-        rows = all_kinds(QUICK if quick else FULL, Path(folder))
+        rows = try_all(QUICK if quick else FULL, Path(folder))
     if not quick:
-        (ROOT / "docs/reliability.md").write_text(page(rows, time.time() - began))
-    lost = sum(tried - survived for _, tried, survived in rows)
+        PAGE.write_text(page(rows, PAGE.read_text()))
+    lost = sum(survived.count(False) for survived in rows.values())
     print(f"{lost} lost, {time.time() - began:.0f} s")
     sys.exit(lost > 0)
 

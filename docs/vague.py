@@ -7,7 +7,7 @@ MAPO under three scores:
 
     cosine      s = max(cos, 0), as CLIPScore has it (arXiv 2104.08718); any label goes
     contrast    eq. 8 to 10 (reward.py); any label goes
-    refused     eq. 8 to 10, and tools.py refuses vague labels: the default
+    refused     eq. 8 to 10, and lib/labels.py refuses vague labels: the default
 
 Run it:  python docs/vague.py             # three seeds of each, 40 minutes -> vague.jsonl, vague.md
          python docs/vague.py --table     # only the page, from vague.jsonl
@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import torch
 
 import reward
-import tools
 import train
 from experiments import mean_interval
+from lib import labels
 from lib.policy import Policy
 from tiny import build
 
@@ -40,14 +40,14 @@ START = "These runs began from an older `tiny/`, that of commit fa94ef9, and wer
 class Vague(build.Source):
     """Demonstrations half of whose labels are vague, and crops that the vague label always fits."""
 
-    def demonstrations(self, count: int, gap: float):
+    def demonstrations(self, count: int, miss: float):
         specific = build.zoom_call
 
         def call(label, box):
             return specific(VAGUE if self.rng.random() < .5 else label, box)
 
         with patch.object(build, "zoom_call", call):
-            samples, pairs = super().demonstrations(count, gap)
+            samples, pairs = super().demonstrations(count, miss)
         for i, (crop, _, _) in enumerate(pairs):
             if self.rng.random() < .25:
                 pairs[i] = crop, VAGUE, True
@@ -65,7 +65,7 @@ def make_start() -> None:
     """tiny/, after 120 steps of imitating the vague demonstrator."""
     torch.manual_seed(0)
     policy = Policy(ROOT / "tiny")
-    build.stage_act(policy, Vague(policy, 900), steps=120, batch=24, lr=5e-4, gap=.6)
+    build.stage_act(policy, Vague(policy, 900), steps=120, batch=24, lr=5e-4, miss=.6)
     policy.save(RUNS / "start")
 
 
@@ -80,9 +80,9 @@ def run(arm: str, seed: int) -> dict:
     """One run of train.py. Returns its line in vague.jsonl: its curves, and what it ended at."""
     out = RUNS / f"{arm}-{seed}"
     scorer = Cosine if arm == "cosine" else reward.Scorer
-    refused = tools.VAGUE if arm == "refused" else frozenset()
+    refused = labels.VAGUE if arm == "refused" else frozenset()
     with (patch.object(train, "measure", measure), patch.object(train, "Scorer", scorer),
-          patch.object(tools, "VAGUE", refused)):
+          patch.object(labels, "VAGUE", refused)):
         train.train(train.parse_config([
             "--model", str(RUNS / "start"), "--out", str(out), "--seed", str(seed),
             "--questions", "8", "--steps", str(STEPS), "--eval_questions", "200"]))

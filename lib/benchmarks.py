@@ -30,13 +30,13 @@ from statistics import fmean
 from typing import BinaryIO
 
 from lib.data import (DataError, Question, choose, describe, expect, image_opener, is_text,
-                      listed, normalise, noted, read_jsonl)
+                      listed, normalise, noted, parse_object, read_jsonl)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ["index", "image", "question", "answer", "category"]
 MORE_COLUMNS = {"HR-Bench": ["A", "B", "cycle_category"],      # the first that a file has all of
                 "MME-RealWorld-Lite": ["multi-choice options", "l2-category"], "V*": ["A", "B"]}
-VSTAR_FIELDS = {"image", "text", "label", "category", "question_id"}   # of test_questions.jsonl
+VSTAR_FIELDS = ("image", "text", "label", "category")   # of test_questions.jsonl
 MAX_ROW = 2**27     # bytes: a quote that is never closed must not swallow a file of gigabytes
 BOM = b"\xef\xbb\xbf"
 
@@ -56,7 +56,7 @@ def load(path: str | Path, bad: list[DataError] | None = None) -> tuple[str, lis
     if b"\t" in first and not first.removeprefix(BOM).startswith(b"{"):
         return read_tsv(path, bad)
     try:
-        is_vstar = VSTAR_FIELDS <= set(json.loads(first))
+        is_vstar = {*VSTAR_FIELDS, "question_id"} <= set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         is_vstar = False   # read_jsonl says what is wrong
     return ("V*", read_vstar(path, bad)) if is_vstar else ("", list(read_jsonl(path, bad)))
@@ -73,8 +73,8 @@ def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Questio
         expect(names, f"{path}:1", "columns", known, columns)
         for where, offset, fields in read_rows(file):
             with noted(bad):
-                row = dict(zip(columns, fields))
-                expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
+                row, wide = dict(zip(columns, fields)), len(columns)
+                expect(len(fields) == wide, where, "columns", f"{wide}", len(fields))
                 question, image = tsv_question(names[0], row, where), row["image"].strip()
                 if len(image) <= 64 and image.isdigit():   # the index of the row with the image
                     borrowed.append((question, image))
@@ -190,25 +190,20 @@ def read_vstar(path: Path, bad: list[DataError] | None) -> list[Question]:
 
 def vstar_question(line: bytes, folder: Path, where: str) -> Question:
     """In this file the right option comes first, so the options are shuffled."""
-    try:
-        record = dict(json.loads(line))
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(f"{where}: expected one JSON object, found {line[:60]!r}") from None
-    for field in sorted(VSTAR_FIELDS):
-        value = record.get(field)
-        plain = isinstance(value, str | int) and is_text(str(value))
-        expect(plain, where, field, "a text that is not empty", value)
-        record[field] = str(value).strip()
+    record = parse_object(line, where, VSTAR_FIELDS)
+    number = record.get("question_id")
+    plain = isinstance(number, str | int) and is_text(str(number))
+    expect(plain, where, "question_id", "a number", number)
     text, *parts = re.split(r"^\s*\(([A-Z])\)", record["text"], flags=re.MULTILINE)
     letters, texts = "".join(parts[::2]), parts[1::2]
     in_order = LETTERS.startswith(letters)
     expect(in_order, where, "text", "lines '(A) ..', '(B) ..'", record["text"])
     options = {}
-    for letter in shuffled(letters, record["question_id"]):
+    for letter in shuffled(letters, str(number)):
         options[letter] = texts[letters.index(letter)].strip().split("\n")[0].strip()
     answer = right_letter(options, record["label"], where, "label")
-    return Question(text.strip(), answer, image_opener(record["image"], folder, where),
-                    tuple(options.values()), record["category"], id=record["question_id"],
+    return Question(text.strip(), answer, image_opener(record["image"].strip(), folder, where),
+                    tuple(options.values()), record["category"].strip(), id=str(number),
                     meta={"benchmark": "V*"}, where=where)
 
 

@@ -1,4 +1,5 @@
-"""A run's folder: its name, its lines of numbers, its checkpoints. Nothing in it is ever lost.
+"""A run's folder: its name, its lines of numbers, its checkpoints. A kill loses nothing of it but
+the steps since the last checkpoint.
 
     runs/mapo/metrics.jsonl          a line a step
     runs/mapo/step-000050/           the newest checkpoint, which is also the model: a standard
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from lib import shard
 from lib.policy import Policy, not_finite
@@ -53,8 +55,9 @@ def choose_folder(folder: Path, resume: bool) -> Path:
     if resume:
         found = [path for path in found if checkpoints(path)]
         if not found:
-            raise FileNotFoundError(f"--resume: no checkpoint in {folder}; "
-                                    f"expected {folder}/step-*/state-0.pt")
+            raise FileNotFoundError(f"--resume: no checkpoint in {folder}; expected {folder}/step-*"
+                                    "/state-0.pt. A run is named after its settings: repeat them, "
+                                    "or name its folder by --out")
         return found[-1]
     number = 1
     new = folder
@@ -118,6 +121,30 @@ def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
     with shard.together():
         if bad := not_finite(policy.model):
             raise ValueError(f"{final}: not saved, {len(bad)} weights are not finite ({bad[0]} ..)")
+    try:
+        write(aside, step, policy, optimisers, generator, settings)
+    except shard.RankFailed:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors have these
+        free = shutil.disk_usage(folder).free
+        raise OSError(f"{aside}: cannot be written, the older checkpoint stands; {free:,} bytes "
+                      f"are free on the disk: {error}") from error
+    with shard.together():
+        if shard.rank() == 0:
+            (aside / "sums.json").write_text(json.dumps(sums(aside), indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.sync()               # a power cut must find the content ..
+            aside.rename(final)
+            os.sync()               # .. and its name, before the older one goes
+            for old in checkpoints(folder):
+                if old != final:
+                    shutil.rmtree(old)
+
+
+def write(aside: Path, step: int, policy: Policy, optimisers: list[shard.ShardedAdamW],
+          generator: torch.Generator, settings: dict) -> None:
+    """The files of a checkpoint, without its name."""
+    with shard.together():
         if shard.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             policy.save(aside)
@@ -129,16 +156,6 @@ def save(folder: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
     with shard.together():
         state = {"step": step, "generator": generator.get_state()}
         torch.save(state, aside / f"state-{shard.rank()}.pt")
-    with shard.together():
-        if shard.rank() == 0:
-            (aside / "sums.json").write_text(json.dumps(sums(aside), indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.sync()               # a power cut must find the content ..
-            aside.rename(final)
-            os.sync()               # .. and its name, before the older one goes
-            for old in checkpoints(folder):
-                if old != final:
-                    shutil.rmtree(old)
 
 
 def sums(folder: Path) -> dict[str, int]:

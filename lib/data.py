@@ -178,7 +178,7 @@ def read_image_field(path: Path, offset: int, length: int) -> str:
 def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str]) -> Question:
     """One line of a .jsonl file -> Question. again: see `image_opener`. Raises DataError."""
     where = f"{path}:{number}"
-    record = parse_object(line, where)
+    record = parse_object(line, where, NEEDED, OPTIONAL)
     choices = record.get("choices") or []
     boxes = record.get("boxes") or []
     objects = record.get("objects") or {}
@@ -187,6 +187,8 @@ def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str])
     different = len(set(map(normalise, choices))) == len(choices)
     expect(different and len(choices) <= 26 and len(choices) != 1, where, "choices",
            "2 to 26 different texts", choices)
+    right = not choices or choose(record["answer"], choices) is not None
+    expect(right, where, "answer", f"one of {choices}, or its letter"[:200], record["answer"])
     expect(isinstance(boxes, list), where, "boxes", "a list of boxes", boxes)
     named = isinstance(objects, dict) and all(map(is_text, objects))
     expect(named, where, "objects", "an object of name: box", objects)
@@ -206,7 +208,8 @@ def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str])
         where=where)
 
 
-def parse_object(line: bytes, where: str) -> dict:
+def parse_object(line: bytes, where: str, needed: Iterable[str], optional: Iterable[str] = ()
+                 ) -> dict:
     """The fields of one line: all that are needed, none twice, none misspelt. Raises DataError."""
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
@@ -215,14 +218,14 @@ def parse_object(line: bytes, where: str) -> dict:
         raise DataError(f"{where}: expected one JSON object, found {found}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
-    for name in NEEDED:
+    for name in needed:
         if name not in record:
             raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
         expect(is_text(record[name]), where, name, "a text that is not empty", record[name])
-    absent = [name for name in OPTIONAL if name not in record]
+    absent = [name for name in optional if name not in record]
     for name in record:                      # "choice" would be ignored, and its question be open
         meant = difflib.get_close_matches(name.lower(), absent, 1, cutoff=.75)
-        if meant and name not in OPTIONAL:
+        if meant and name not in optional:
             raise DataError(f"{where}: field '{name[:80]}': expected '{meant[0]}'")
     return record
 

@@ -14,7 +14,8 @@ The one distribution, for a hidden state h, the model's last matrix W and a temp
 
 The sampler (lib/sampler.py) and the trainer both use it. So the ratio of the new policy to the old
 one is 1 before a step: within 1e-4 in float32, for any padding, any order of the batch and any
-number of turns (tests/test_sampler.py).
+number of turns (tests/test_sampler.py). The placeholders are left out because an agent that wrote
+one would claim an image that is not there. They are left out in both, or the ratio were not 1.
 
 Run it:  python -m lib.policy      # a small picture: its tokens, positions, log-probabilities
 """
@@ -89,7 +90,7 @@ class Policy:
                         *(ends if isinstance(ends, list) else [ends])}
         # Qwen's templates put a line break on both sides of what a tool returned.
         shown = self.chat([{"role": "user", "content": ""}, {"role": "tool", "content": SLOT}])
-        self.gap = "\n" if f"<tool_response>\n{SLOT}\n</tool_response>" in shown else ""
+        self.line_break = "\n" if f"<tool_response>\n{SLOT}\n</tool_response>" in shown else ""
         self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
@@ -139,8 +140,9 @@ class Policy:
         """What the tool returned, as a user turn after the agent's: a crop, or an error's text."""
         if isinstance(content, Tokens):
             content = self.tokens("<|vision_start|>", content, "<|vision_end|>")
-        return self.tokens(f"<|im_end|>\n<|im_start|>user\n<tool_response>{self.gap}", content,
-                           f"{self.gap}</tool_response><|im_end|>\n<|im_start|>assistant\n")
+        edge = self.line_break
+        return self.tokens(f"<|im_end|>\n<|im_start|>user\n<tool_response>{edge}", content,
+                           f"{edge}</tool_response><|im_end|>\n<|im_start|>assistant\n")
 
     def chat(self, messages: list[dict]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False,
@@ -178,8 +180,10 @@ class Policy:
             if others:  # .. and those of inner layers are added in the language model's layers
                 deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": others}
 
-        # None: a token attends to all before it. At first that is right, because padding comes
-        # after all that is real; later it stands in between.
+        # A first batch      a b c .      Padding (.) stands after all that is real. So it is enough
+        #                    d . . .      that a token attends to what is before it: mask None.
+        # Then e, f g come   a b c . e .  Now padding stands in between, and the mask must say which
+        #                    d . . . f g  columns are real.
         attended = None
         if past is not None:
             mask = torch.cat([past, mask], 1)
@@ -190,10 +194,11 @@ class Policy:
         return output.last_hidden_state, mask, ends
 
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
-        """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
+        """Hidden states (B, L, D) of sequences, from the last token of their prompts on: the state
+        of that token chose the agent's first one.
 
-        A prompt that several rows share (the same object) is computed once. The rows read its keys
-        and values in a cache, and their gradients flow back through them."""
+        A prompt that several rows share (the same object) is computed once, but for its last token.
+        The rows read its keys and values in a cache; their gradients flow back through them."""
         shared, which = distinct(prompts)
         openings = [prompt.cut(0, -1) for prompt in shared]
         once = Cache(layer_class_to_replicate=Repeatable)
@@ -259,7 +264,7 @@ class Policy:
         states = []
         for start in range(0, len(items), chunk):
             batch = [self.summary_prompt(item) for item in items[start:start + chunk]]
-            states.append(newest(self.hidden(batch)[0], batch).float())
+            states.append(last_state(self.hidden(batch)[0], batch).float())
         return F.normalize(torch.cat(states), dim=-1)
 
     def summary_prompt(self, item: "str | Tokens") -> Tokens:
@@ -386,7 +391,7 @@ def causal(mask: Tensor, new: int) -> Tensor:
     return (real_before | (column == query))[:, None]
 
 
-def newest(states: Tensor, batch: list[Tokens]) -> Tensor:
+def last_state(states: Tensor, batch: list[Tokens]) -> Tensor:
     """Hidden states (B, L, D) -> that of each row's last token (B, D)."""
     last = torch.tensor([len(tokens.ids) - 1 for tokens in batch], device=states.device)
     return states[torch.arange(len(batch), device=states.device), last]

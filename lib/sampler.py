@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from lib.policy import Policy, Tokens, newest
+from lib.policy import Policy, Tokens, last_state
 from tools import fit
 
 
@@ -75,7 +75,7 @@ class Session:
         """Feed tokens to each row (to a row that is silent, none): sampled ones, an observation.
         `last` (B, D) are the hidden states after them."""
         states, self.mask, self.next = self.policy.hidden(batch, self.next, self.mask, self.cache)
-        self.last = newest(states, batch)
+        self.last = last_state(states, batch)
 
     def keep(self, rows: list[int]) -> None:
         """Keep (and reorder, or repeat) these rows. The others leave the batch, and its cost."""

@@ -286,7 +286,8 @@ def test_bad_rows_can_be_left_out(tmp_path):
     (VSTAR_LINE | {"image": "x.png"}, "'image'"),
     (VSTAR_LINE | {"text": "q\n(A) a\n(C) c"}, "'text'"),
     (VSTAR_LINE | {"label": None}, "'label'"), ("[1]", "JSON object"), ("{", "JSON object"),
-    ({"image": "x"}, "'category'")])
+    ({"image": "x"}, "'text': missing"), (VSTAR_LINE | {"question_id": None}, "'question_id'"),
+    (json.dumps(VSTAR_LINE)[:-1] + ', "label": "B"}', "'label'.*2 times")])
 def test_bad_vstar_lines_are_named(tmp_path, line, names):
     file = save_lines(tmp_path, VSTAR_LINE, line)
     with pytest.raises(DataError, match=f"test_questions.jsonl:2: .*{names}"):

@@ -237,6 +237,7 @@ BAD = {  # a line, or changes to a good record; and what the message names
     "answer bool": ({"answer": True}, "'answer'.*found True"),
     "answer list": ({"answer": ["B"]}, "'answer'"),
     "answer blank": ({"answer": "\n"}, "'answer'"),
+    "answer is no choice": ({"answer": "C"}, "'answer'.*one of .* found 'C'"),
     "choices text": ({"choices": "AB"}, "'choices'"),
     "choices of numbers": ({"choices": [1, 2]}, "'choices'"),
     "choices object": ({"choices": {"A": "x"}}, "'choices'"),

@@ -402,7 +402,7 @@ def test_the_vague_demonstrator(policy):
     """About half of its labels are "the object"; names and boxes stay; the demonstrator of
     tiny/build.py is left as it was."""
     from tiny import build
-    samples, pairs = vague.Vague(policy, 7).demonstrations(40, gap=.7)
+    samples, pairs = vague.Vague(policy, 7).demonstrations(40, miss=.7)
     texts = [policy.decode(tokens.ids) for tokens, _ in samples]
     labels = re.findall(r'"label": "(.*?)"', "\n".join(texts))
     assert .35 < np.mean([label == vague.VAGUE for label in labels]) < .65 and len(labels) > 40

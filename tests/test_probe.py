@@ -14,7 +14,7 @@ from lib.critic import Critic
 from lib.policy import Policy
 from reward import Scorer, grounded, outcome, score_looks
 from tiny.world import World, world_questions
-from train import Config, accumulate, advantages, to_batch
+from train import Config, accumulate, token_advantages, to_batch
 
 sys.path.insert(0, str(ROOT / "docs"))
 import probe
@@ -64,10 +64,11 @@ def test_gradients_are_those_of_training(sketched, name):
     algo, beta, credit = probe.ROWS[name]
     row, config = mapo.ALGORITHMS[algo], Config(algo=algo, beta=beta, credit=credit, group=4)
     part = [t for i, t in enumerate(told) if kept[i // 4]]
-    run = SimpleNamespace(config=config, row=row, critic=Critic(policy) if row.critic else None)
+    run = SimpleNamespace(config=config, algorithm=row,
+                          critic=Critic(policy) if row.critic else None)
     parameters = policy.freeze_vision()
     optimiser = shard.ShardedAdamW(parameters)
-    accumulate(policy, optimiser, to_batch(part, advantages(run, part), row), row, config)
+    accumulate(policy, optimiser, to_batch(part, token_advantages(run, part), row), row, config)
     places = {}
     for bucket in optimiser.buckets:
         for p, span in zip(bucket.parameters, bucket.spans):

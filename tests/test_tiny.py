@@ -13,7 +13,7 @@ from eval import evaluate
 from lib.data import choose, holds
 from lib.policy import Policy
 from reward import grounded, measure, outcome
-from tiny.build import (SIDE, Source, around, build_tokenizer, contrast, demonstrate, imitate,
+from tiny.build import (SIDE, Source, around, build_tokenizer, clip_loss, demonstration, imitate,
                         in_original, see_batch, tokenizer_corpus)
 from tiny.world import COLOURS, MARKS, SHAPES, World, world_questions
 from tools import Answer, Call, parse
@@ -78,21 +78,21 @@ def test_the_start_reads_what_it_sees(start, kind, least):
 
 # ---- the demonstrator ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("gap", [0., 1.])
-def test_demonstrations_are_valid(gap):
+@pytest.mark.parametrize("miss", [0., 1.])
+def test_demonstrations_are_valid(miss):
     """Every turn parses, names an object of the question, and at last an option. An honest
     demonstration looks at what it names, as often as it must, and is right."""
     rng = np.random.default_rng(0)
     for question in world_questions(World(), 0, "cold", 0, 60):
-        turns = demonstrate(question, rng, gap, noise=0.)
+        turns = demonstration(question, rng, miss, noise=0.)
         *calls, answer = [parse(text, (SIDE, SIDE)) for text, _ in turns]
         assert all(isinstance(call, Call) for call in calls) and isinstance(answer, Answer)
         assert choose(answer.text, question.choices) is not None
         for call, (_, box) in zip(calls, turns):
             plate = question.objects[call.label.removeprefix("the ")]
             assert plate in question.boxes and call.bbox == box
-            assert holds(in_original(box), plate) == (not gap)
-        if not gap:
+            assert holds(in_original(box), plate) == (not miss)
+        if not miss:
             assert outcome(question, answer.text) == 1
             assert len(calls) == (1 if question.category == "direct_attributes" else 2)
 
@@ -116,10 +116,10 @@ def test_stopping_short_says_nothing_about_the_aim():
     Else the start itself would pay for stopping. (0.6; two standard errors are .065 and .04.)"""
     rng, missed = np.random.default_rng(1), {True: [], False: []}
     for question in world_questions(World(comparison=1, coarse=0), 0, "cold", 0, 800):
-        turns = demonstrate(question, rng, gap=.6)
+        turns = demonstration(question, rng, miss=.6)
         short = len(turns) == 2
         missed[short].append(not holds(in_original(turns[0][1]), question.boxes[0]))
-    assert .24 < len(missed[True]) / 800 < .36                 # half of the gap
+    assert .24 < len(missed[True]) / 800 < .36                 # half of the miss
     assert all(.5 < np.mean(misses) < .7 for misses in missed.values())
 
 
@@ -128,7 +128,7 @@ def test_the_answer_copies_what_the_thought_says():
     first of two."""
     rng = np.random.default_rng(0)
     for question in world_questions(World(comparison=1, coarse=0), 0, "cold", 0, 20):
-        last = demonstrate(question, rng, noise=0.)[-1][0]
+        last = demonstration(question, rng, noise=0.)[-1][0]
         names = {plate: name for name, plate in question.objects.items()}
         first, second = (names[box] for box in question.boxes)
         one, two = question.answer.split(" and ")
@@ -230,7 +230,7 @@ def test_info_nce_one_pair_at_a_time(policy):
             losses.append(logits[to_label, i].logsumexp(0) - logits[i, i])
             found.append((logits[i, to_crop] <= logits[i, i]).all().item())
     assert any(not good for _, _, good in pairs) and len(losses) >= 12
-    nce, match = contrast(policy, pairs)
+    nce, match = clip_loss(policy, pairs)
     assert nce.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
     assert match == pytest.approx(np.mean(found))
 

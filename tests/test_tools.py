@@ -2,8 +2,6 @@
 pixels agree; a second tool needs no other change."""
 import dataclasses
 import json
-import random
-import re
 import time
 
 import numpy as np
@@ -12,9 +10,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import tools
-from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MAX_CALL_CHARS, MAX_LABEL_CHARS, MAX_LABEL_WORDS,
-                   MAX_TURN_CHARS, MIN_SIDE, VAGUE, ZOOM, Answer, Call, Resolution, Tool,
-                   ToolError, check_box, fit, parse, run_tool, system_prompt, to_original,
+from lib.labels import MAX_LABEL_CHARS, MAX_LABEL_WORDS, VAGUE
+from tools import (MAX_ANSWER_CHARS, MAX_CALL_CHARS, MAX_TURN_CHARS, ZOOM, Answer, Call, Resolution,
+                   Tool, ToolError, check_box, fit, parse, run_tool, system_prompt, to_original,
                    zoom_call)
 
 SEEN = (96, 72)
@@ -362,66 +360,7 @@ def test_a_written_call_is_read_again():
     assert parse(call, SEEN) == zoom('a "quoted" sign', (10, 20.5, 50, 60))
 
 
-# ---- random hostility ----------------------------------------------------------------------------
-
-SPLICES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>",
-           "<|im_end|>", "<|image_pad|>", "{", "}", "[", "]", '"', ",", ":", "'", "\\", "\\u0000",
-           "\\ud800", "\0", "\ud800", "\u202e", "\u200b", "０", " ", "\n", "NaN", "1e999", "-",
-           "9" * 500, "[" * 500, "null", "true", "B", '"label":', '"bbox_2d":', f'"{ZOOM}"',
-           "object"]
-
-
-def mutate(rng: random.Random, text: str) -> str:
-    """One random change of a turn."""
-    i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-    kind = rng.choice(["delete", "cut", "repeat", "splice", "splice", "replace", "replace",
-                       "number", "number", "swap"])
-    if kind == "delete":
-        return text[:i] + text[min(j, i + rng.randrange(1, 12)):]
-    if kind == "cut":
-        return text[:i]
-    if kind == "repeat":
-        return text[:j] + text[i:]
-    if kind == "splice":
-        return text[:i] + rng.choice(SPLICES) + text[i:]
-    if kind == "replace":
-        character = chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)]))
-        return text[:i] + character + text[i + 1:]
-    if kind == "number":
-        return re.sub(r"\d+", lambda m: rng.choice([m[0], m[0], str(rng.randint(-99, 199)), "1e9",
-                                                    "null"]), text)
-    return text[j:] + text[i:j] + text[:i]
-
-
-def check_call(call: Call) -> None:
-    """Whatever it was made of: its box and its label are in bounds."""
-    x1, y1, x2, y2 = call.bbox
-    assert 0 <= x1 <= x2 - MIN_SIDE < x2 <= SEEN[0] and 0 <= y1 <= y2 - MIN_SIDE < y2 <= SEEN[1]
-    assert max(x2 - x1, y2 - y1) <= MAX_ASPECT * min(x2 - x1, y2 - y1)
-    assert 0 < len(call.label) <= MAX_LABEL_CHARS and len(call.label.split()) <= MAX_LABEL_WORDS
-    assert not set(call.label) & set("<>\n\0\u200b\u202e")
-    assert not set(re.findall(r"\w+", call.label.lower())) <= VAGUE
-
-
-def test_random_hostile_turns():
-    """2,000 mutated turns: a valid Call, an Answer with text, or a short ToolError; and fast."""
-    rng, kinds, start = random.Random(0), set(), time.process_time()
-    seeds = [f"<think>look</think>{tagged(body())}", "<think>so</think><answer>(B)</answer>",
-             tagged(body()) * 2]
-    for _ in range(2000):
-        turn = rng.choice(seeds)
-        for _ in range(rng.randrange(1, 6)):
-            turn = mutate(rng, turn)
-        result = outcome(turn)
-        kinds.add(result if isinstance(result, str) else type(result).__name__)
-        if isinstance(result, Call):
-            check_call(result)
-        elif isinstance(result, Answer):
-            assert 0 < len(result.text.strip()) <= MAX_TURN_CHARS
-    assert kinds >= {"Call", "Answer", "bad_json", "no_action", "unterminated_tool_call",
-                     "inverted_box", "bad_box", "label_characters"}
-    assert time.process_time() - start < 5
-
+# ---- time (random hostility: test_reliability.py) ------------------------------------------------
 
 LONG = {"answer": "<answer>" * 2500, "tool_call": "<tool_call>" * 1800, "think": "</think>" * 2500,
         "empty calls": "<tool_call></tool_call>" * 800, "bracket": "<" * 20_000,

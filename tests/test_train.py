@@ -26,7 +26,7 @@ from lib.batches import spread
 from lib.data import DataError, Question, write_jsonl
 from lib.policy import Policy
 from tiny.world import World, world_questions
-from train import (FREE, Batch, Config, Questions, accumulate, advantages, collapse, held_out,
+from train import (FREE, Batch, Config, Questions, accumulate, token_advantages, collapse, held_out,
                    parse_config, roll_out, run_name, take_step, to_batch, train)
 
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
@@ -253,7 +253,7 @@ def made_up(monkeypatch):
             start = step * config.questions + draw * 100
             return list(range(start, start + config.questions))
 
-        return SimpleNamespace(config=config, row=mapo.ALGORITHMS[config.algo], stream=stream,
+        return SimpleNamespace(config=config, algorithm=mapo.ALGORITHMS[config.algo], stream=stream,
                                policy=None, scorer=None, generator=None, critic=None, asked=asked)
     return made_up
 
@@ -277,7 +277,7 @@ def test_dynamic_sampling_gives_up_after_ten_draws(made_up):
     assert len(kept) == 2 and len(sampled) == 2 * (16 + 18)
     run = made_up(config)
     kept, sampled = roll_out(run, step=0)
-    assert len(kept) == 8 and len(sampled) == 80 and not advantages(run, kept).any()
+    assert len(kept) == 8 and len(sampled) == 80 and not token_advantages(run, kept).any()
 
 
 def test_the_other_rows_learn_from_the_first_draw(made_up):
@@ -291,7 +291,7 @@ def test_a_penalty_for_length_is_no_signal(made_up):
     at 18 tokens and wrong: 1, .5 and 0, by eq. 7; the deviation is 1 / sqrt 6."""
     config = Config(algo="dapo", beta=0., group=3, max_turns=4, max_tokens=5)
     part = [told(1., n) for n in (20, 16, 18)] + [told(1., 16), told(1., 18), told(0., 16)]
-    A = advantages(made_up(config), part)
+    A = token_advantages(made_up(config), part)
     expected = torch.tensor([0., 0, 0, math.sqrt(1.5), 0, -math.sqrt(1.5)])
     assert A.shape == (6, 19) and torch.allclose(A, expected[:, None], atol=1e-4)
 
@@ -507,7 +507,7 @@ def test_the_default_beta_is_the_algorithms():
     (["--lr", "0"], "--lr: expected a number above 0, found 0.0"),
     (["--temperature", "nan"], "--temperature: expected a number above 0, found nan"),
     (["--grad_clip", "inf"], "--grad_clip: expected a number above 0, found inf"),
-    (["--beta", "1.1"], "expected --beta up to 1"), (["--lam", "0"], "--lam in (0, 1]"),
+    (["--beta", "1.1"], "expected --beta in [0, 1]"), (["--lam", "0"], "--lam in (0, 1]"),
     (["--test", "a.jsonl"], "--test: needs --data"), (["--nonsense"], "--nonsense"),
     (["--steps", "many"], "--steps: invalid int value: 'many'")])
 def test_bad_settings_stop_before_anything_runs(arguments, words, capsys):

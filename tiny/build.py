@@ -15,7 +15,7 @@ each from the weights of the one before:
 The result talks well and looks badly, although it could look well. That is what MAPO is for.
 
 The semantic score needs no CLIP model. But the encoder of tiny/ is *trained here with CLIP's loss*
-(`contrast`), for the objects of this world. A real Qwen is not (reward.py).
+(`clip_loss`), for the objects of this world. A real Qwen is not (reward.py).
 
 Run it:  python -m tiny.build        # 20 minutes on two cores: runs/tiny, and each stage beside it
 """
@@ -91,7 +91,7 @@ def tokenizer_corpus(seed: int) -> list[str]:
         options = [0, 4, 2, 3, 4, 5, 6, 7, 8][i % 9]
         question = world_question(World(options=options), seed, "cold", i)
         corpus.append(question.prompt)
-        corpus += [text for text, _ in demonstrate(question, rng, noise=0.)]
+        corpus += [text for text, _ in demonstration(question, rng, noise=0.)]
     for piece in SCAFFOLD:
         corpus = [text.replace(piece, "\n") for text in corpus]
     return corpus + [str(n) for n in range(SIDE + 1)] * 50
@@ -112,16 +112,16 @@ def build_model(folder: str, seed: int) -> None:
 
 # ---- the demonstrator ----------------------------------------------------------------------------
 
-def demonstrate(question: Question, rng: np.random.Generator, gap: float = 0.,
+def demonstration(question: Question, rng: np.random.Generator, miss: float = 0.,
                 noise: float = .1) -> list[Turn]:
     """One demonstration, turn by turn; boxes in pixels of the overview.
 
-    With probability `gap` it looks beside the objects that it names. With half of that it leaves
+    With probability `miss` it looks beside the objects that it names. With half of that it leaves
     out the second of two. The two faults are independent, so a true first look says nothing about
     whether a second follows. What it has not seen, it makes up."""
     names = [name for name, plate in question.objects.items() if plate in question.boxes]
-    beside = rng.random() < gap
-    short = len(names) == 2 and rng.random() < gap / 2
+    beside = rng.random() < miss
+    short = len(names) == 2 and rng.random() < miss / 2
     looks = [("find", 16)]
     if question.category == "coarse_to_fine":
         looks.append(("look closer at", 8))
@@ -245,12 +245,12 @@ class Source:
                 samples.append(joined([(prompt, False), (self.policy.tokens(said), True)]))
         return samples
 
-    def demonstrations(self, count: int, gap: float) -> tuple[list[Sample], list[Pair]]:
-        """Demonstrations, and pairs for `contrast`, two a scene."""
+    def demonstrations(self, count: int, miss: float) -> tuple[list[Sample], list[Pair]]:
+        """Demonstrations, and pairs for `clip_loss`, two a scene."""
         samples, pairs = [], []
         for _ in range(count):
             question = self.question(comparison=.3, coarse=.2)
-            turns = demonstrate(question, self.rng, gap)
+            turns = demonstration(question, self.rng, miss)
             name = self.pick(question)
             near = [self.nearby(question, name), self.nearby(question, name, reach=1.25)]
             boxes = [box for _, box in turns if box] + near
@@ -283,7 +283,7 @@ def stage_see(policy: Policy, source: Source, steps: int, batch: int, lr: float)
     """The vision tower. Colours, shapes and marks are read off its output by the *word embeddings*
     of their names: so what the eye reports and what a question says meet in one space. Places are
     read off by two heads, which are then thrown away."""
-    encode = functools.partial(policy.encode_images.__wrapped__, policy)  # with gradients
+    encode = functools.partial(policy.encode_images.__wrapped__, policy)  # without its @no_grad
     colours, shapes = words(policy, [*COLOURS, "no"]), words(policy, [*SHAPES, "no"])
     marks = words(policy, MARKS)
     read_x, read_y = nn.Linear(128, 48), nn.Linear(128, 48)               # 2 pixels a class
@@ -358,13 +358,13 @@ def stage_aim(policy: Policy, source: Source, steps: int, batch: int, lr: float)
 
 
 def stage_act(policy: Policy, source: Source, steps: int, batch: int, lr: float,
-              gap: float) -> None:
+              miss: float) -> None:
     """The language model: demonstrations with a gap, and beside them labels, crops and guesses."""
 
     def next_loss():
-        samples, pairs = source.demonstrations(batch, gap)
+        samples, pairs = source.demonstrations(batch, miss)
         loss, exact = imitate(policy, samples)
-        nce, match = contrast(policy, pairs)
+        nce, match = clip_loss(policy, pairs)
         guess, _ = imitate(policy, source.guesses(batch // 2))
         report = {"loss": loss.item(), "exact": exact, "nce": nce.item(), "match": match,
                   "guess": guess.item()}
@@ -383,13 +383,13 @@ def imitate(policy: Policy, samples: list[Sample]) -> tuple[Tensor, float]:
     return F.cross_entropy(logits, targets), exact
 
 
-def contrast(policy: Policy, pairs: list[Pair]) -> tuple[Tensor, float]:
+def clip_loss(policy: Policy, pairs: list[Pair]) -> tuple[Tensor, float]:
     """CLIP's loss (InfoNCE, arXiv 2103.00020, fig. 3) on the language model's own summaries of
     labels and crops, and how often a label finds its crop.
 
     A crop that does not hold its label's object is a negative for every label, the hardest for its
     own."""
-    embed = functools.partial(policy.embed.__wrapped__, policy)             # with gradients
+    embed = functools.partial(policy.embed.__wrapped__, policy)     # as above
     crops, labels, good = zip(*pairs)
     names = sorted(set(labels))                                             # each is encoded once
     which = torch.tensor([names.index(label) for label in labels])          # (n,)
@@ -436,8 +436,8 @@ def log(text: str) -> None:
 
 STAGES = {"see": (stage_see, 500, dict(batch=24, lr=2e-3)),  # batch: scenes of one process
           "aim": (stage_aim, 1500, dict(batch=12, lr=2e-3)),
-          "act": (stage_act, 420, dict(batch=24, lr=1.5e-3, gap=0.)),
-          "habit": (stage_act, 400, dict(batch=24, lr=1e-3, gap=.6))}
+          "act": (stage_act, 420, dict(batch=24, lr=1.5e-3, miss=0.)),
+          "habit": (stage_act, 400, dict(batch=24, lr=1e-3, miss=.6))}
 
 
 def build(out: str, seed: int, scale: float) -> None:
