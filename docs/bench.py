@@ -8,7 +8,7 @@ both sides, so each has 20 tokens, and the same crop follows.
 
     a  rollouts against `generate`
     b  updates against padded batches with all logits; and the memory of both
-    c  a whole step against TRL: docs/bench_trl.py
+    c  a whole step against TRL: docs/bench_step.py
     d  rollouts and updates against their matrix products alone: docs/bench_limit.py
     e  growth with turns, group and image size; two ranks
 
@@ -270,7 +270,7 @@ def on_ranks(ranks: int) -> float:
 # ---- the page ------------------------------------------------------------------------------------
 
 INTRODUCTION = """
-`python docs/bench.py` made this page; bench_trl.py measured part c, bench_limit.py part d. Every
+`python docs/bench.py` made this page; bench_step.py measured part c, bench_limit.py part d. Every
 single time is in [bench.jsonl](bench.jsonl). A ratio is the median over alternating pairs, with the
 smallest and the largest. Seconds are CPU seconds. Other jobs may have run: read the ratios."""
 OLDER = """

@@ -7,7 +7,7 @@ ours is. Tokens are ours: the chat template below writes what lib/policy.py writ
 </tool_call>, </answer> or <|im_end|>, and holds at most `max_tokens` tokens.
 
 Needs, in an environment of its own: torch transformers trl datasets accelerate pillow numpy
-jmespath. docs/bench.py starts it.
+jmespath. docs/bench_step.py starts it.
 """
 import json
 import os
