@@ -403,3 +403,24 @@ def test_a_failing_process_hangs_nobody_and_loses_nothing(run, tmp_path):
     assert "all                     6" in ended
     assert ended.replace(str(out), str(tmp_path / "one")) == run(tmp_path / "one", *arguments)
     assert read_predictions(out) == read_predictions(tmp_path / "one") and len(kept) < 6
+
+
+def test_bad_pictures_are_found_first_or_left_out(run, asked, tmp_path):
+    """The fourth of five pictures is broken, and a box of the fifth is outside. Without a word of
+    it the run stops there; --check stops before the first question and names both; --skip_bad asks
+    the other three, and says which it left out."""
+    data = write_jsonl(world_questions(World(), 0, "test", 0, 5), tmp_path / "world")
+    (data.parent / "0003.png").write_bytes(b"no picture")
+    lines = data.read_text().splitlines()
+    last = json.loads(lines[4]) | {"boxes": [[0, 0, 5000, 50]]}
+    data.write_text("\n".join([*lines[:4], json.dumps(last)]))
+    options = "--data", data, "--batch", 1, "--encoder", "none"
+    with pytest.raises(SystemExit, match="questions.jsonl:4: field 'image'"):
+        run(tmp_path / "plain", *options)
+    assert asked == [1, 1, 1, 1]
+    asked.clear()
+    with pytest.raises(SystemExit, match="jsonl:4: field 'image'(.|\n)*jsonl:5: field 'boxes'"):
+        run(tmp_path / "check", *options, "--check")
+    assert asked == []
+    said = run(tmp_path / "skip", *options, "--skip_bad")
+    assert "2 questions are left out" in said and "jsonl:4" in said and asked == [1, 1, 1]

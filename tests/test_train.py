@@ -26,8 +26,8 @@ from lib.batches import spread
 from lib.data import DataError, Question, write_jsonl
 from lib.policy import Policy
 from tiny.world import World, world_questions
-from train import (FREE, Batch, Config, Questions, accumulate, token_advantages, collapse, held_out,
-                   parse_config, roll_out, run_name, take_step, to_batch, train)
+from train import (FREE, Batch, Config, Questions, accumulate, collapse, held_out, own_questions,
+                   parse_config, roll_out, run_name, take_step, to_batch, token_advantages, train)
 
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
 
@@ -621,3 +621,17 @@ def test_a_handful_is_watched_and_a_page_written(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in first] == [0] * 3 + [2] * 3 + [3] * 3
     assert len({json.loads(line)["id"] for line in first}) == 3
     assert (tmp_path / "run/page.html").is_file()
+
+
+def test_all_that_is_wrong_with_own_questions_is_named_first(tmp_path):
+    """A broken picture in row 3 and an answer that is no choice in row 2; or an empty file."""
+    file = write_jsonl(world_questions(World(), 1, "train", 0, 4), tmp_path)
+    (tmp_path / "0002.png").write_bytes(b"no picture")
+    lines = file.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"answer": "nothing of that"})
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="jsonl:2: field 'answer'(.|\n)*jsonl:3: field 'image'"):
+        own_questions(str(file))
+    file.write_text("\n")
+    with pytest.raises(DataError, match="holds no questions"):
+        own_questions(str(file))
