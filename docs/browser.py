@@ -103,12 +103,16 @@ class Browser:
         else:
             self.devtools("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def photograph(self, file: Path, section: str = "") -> None:
-        """The whole page, or from a section on, as PNG."""
-        tall = "document.documentElement.scrollHeight"
-        top = f"document.getElementById('{section}').offsetTop - 12" if section else "0"
-        width, first, end = self.run(f"return [innerWidth, {top}, {tall}]")
-        clip = {"x": 0, "y": first, "width": width, "height": end - first, "scale": 1}
+    def photograph(self, file: Path, sections: tuple[str, str] | None = None,
+                   scale: int = 1) -> None:
+        """The whole page, or from the first to the last of two sections, as PNG. With scale 2 a
+        pixel of the page is 2 x 2 of the picture."""
+        width, top, end = self.run("return [innerWidth, 0, document.documentElement.scrollHeight]")
+        if sections:
+            first, last = (f"document.getElementById('{name}')" for name in sections)
+            top, end = self.run(f"return [{first}.offsetTop - 12, "
+                                f"{last}.offsetTop + {last}.offsetHeight + 12]")
+        clip = {"x": 0, "y": top, "width": width, "height": end - top, "scale": scale}
         taken = self.devtools("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(taken["data"]))
 
@@ -142,7 +146,7 @@ def check(browser: Browser, size: tuple[int, int], runs: int) -> None:
     browser.press("e")                                   # the evidence is drawn, dashed
     assert browser.run("return document.querySelectorAll('rect[stroke-dasharray]').length") > 0
     browser.press("e")
-    chart = browser.run("const chart = document.querySelector('.chart svg');"
+    chart = browser.run("const chart = document.querySelector('.chart > svg');"
                         "chart.scrollIntoView({block: 'center'});"
                         "const box = chart.getBoundingClientRect();"
                         "return [box.left + box.width / 2, box.top + box.height / 2]")
@@ -172,10 +176,11 @@ def attack(browser: Browser, folder: Path) -> None:
     print(f"hostile page: {page.stat().st_size:,} bytes, {stories} trajectories, nothing ran")
 
 
-def take_picture(browser: Browser, page: Path, file: Path) -> None:
-    """The most changed question at several steps, and a trajectory, in few colours."""
-    browser.open(page, (1100, 900), state="order=changed&at=1")
-    browser.photograph(file, "watch")
+def take_picture(browser: Browser, page: Path, file: Path, width: int, sections: tuple[str, str],
+                 scale: int = 1, state: str = "") -> None:
+    """Sections of a page that is `width` pixels wide, in few colours: a small file for docs/."""
+    browser.open(page, (width, 900), state=state)
+    browser.photograph(file, sections, scale)
     Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
 
@@ -198,7 +203,8 @@ def main() -> None:
             browser.open(page, size, dark)
             browser.photograph(out / f"{name}.png")
         if args.picture:
-            take_picture(browser, page, ROOT / "docs/page.png")
+            take_picture(browser, page, ROOT / "docs/page.png", 1100, ("watch", "stories"),
+                         state="order=changed&at=1")      # the most changed question; a trajectory
         assert not browser.complaints()
         print(f"{page}: {page.stat().st_size:,} bytes; screenshots in {out}")
 

@@ -1,97 +1,68 @@
-"""The figures of docs/experiments.md, readable without colour, from docs/experiments.jsonl.
+"""docs/curves.png: the learning curves of docs/experiments.md, drawn by the page of a run.
 
-It needs matplotlib, which nothing else here does: pip install matplotlib
+The seeds of a row of docs/experiments.jsonl become the folder of one run: at each step, each number
+is the mean of the seeds. show.py puts these folders side by side on a page, as it does with any
+runs. A headless Chromium takes the picture of the page. Only this picture and docs/browser.py need
+Chromium, and docs/browser.py says how to install it; without it, the page is written all the same.
 
-Run it:  python docs/plot.py          # docs/curves.png and docs/luck.png
+Run it:  python docs/plot.py      # a page in runs/curves/, and docs/curves.png; 10 s
 """
-from itertools import accumulate
+import json
 from pathlib import Path
-from statistics import mean
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import chosen, differences, interval, parts
+from browser import Browser, take_picture
+from experiments import chosen
+from lib.views import CURVES, mean
 from record import read_runs
+from show import write_page
 
-DOCS = Path(__file__).parent
-STYLES = (dict(color="black", lw=2.2), dict(color="0.35", ls="--"), dict(color="0.35", ls=":"),
-          dict(color="0.6", ls="-."), dict(color="0.6", marker="o", markevery=8, ms=4))
-KEYS = {"accuracy": "accuracy", "hit": "hit", "gap": "gap", "lucky": "lucky",
-        "signal_groups": "groups with signal"}
-WINDOW = 5
+ROOT = Path(__file__).parent.parent
+PARTS = ("table", "five")       # of docs/experiments.py: the newer comparison, once it is there
+MOST = 6                        # rows: the page has as many patterns of lines
 
 
-def smooth(values: list[float | None]) -> list[float]:
-    """The mean of the last WINDOW steps that have a value, at each step."""
-    means = []
-    for end in range(1, len(values) + 1):
-        part = [v for v in values[max(0, end - WINDOW):end] if v is not None]
-        means.append(mean(part) if part else float("nan"))
-    return means
+def rows_of(runs: list[dict]) -> dict[str, list[dict]]:
+    """Row -> its runs, one a seed, of the first of PARTS that has all its runs."""
+    for part in PARTS:
+        _, group = chosen(part, runs)
+        if group:
+            return {row: list(group[row].values()) for row in list(group)[:MOST]}
+    raise ValueError(f"docs/experiments.jsonl: expected all runs of one of {PARTS}; found none")
 
 
-def over_seeds(runs: list[dict], key: str) -> list[tuple[float, float]]:
-    """At each step the mean over runs, and half its 95% interval."""
-    return [interval(list(values)) for values in zip(*(smooth(run["curves"][key]) for run in runs))]
+def means(runs: list[dict]) -> list[dict]:
+    """The lines of metrics.jsonl: at each step the mean over the runs. A run that has no value
+    there, such as a gap where nobody looked, does not count."""
+    curves, lines = [run["curves"] for run in runs], []
+    for i in range(len(curves[0]["accuracy"])):
+        values = {name: mean([curve[name][i] for curve in curves]) for name in CURVES}
+        lines.append({"step": i + 1, **values})
+    return lines
 
 
-def curves(rows: dict[str, list[dict]]) -> None:
-    """What the sampled trajectories did, against steps; and accuracy against time."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7))
-    *panels, clock = axes.flat
-    for (row, runs), style in zip(rows.items(), STYLES):
-        label = f"{row}, {len(runs)} seeds"
-        for axis, (key, title) in zip(panels, KEYS.items()):
-            points = over_seeds(runs, key)
-            steps = range(1, len(points) + 1)
-            axis.plot(steps, [middle for middle, _ in points], label=label, **style)
-            axis.set(xlabel="step", title=title)
-            if row == next(iter(rows)):
-                low = [middle - half for middle, half in points]
-                high = [middle + half for middle, half in points]
-                axis.fill_between(steps, low, high, color="0.85")
-        seconds = zip(*(run["curves"]["seconds"] for run in runs))
-        times = list(accumulate(mean(values) for values in seconds))
-        clock.plot(times, [middle for middle, _ in over_seeds(runs, "accuracy")], **style)
-    clock.set(xlabel="seconds of training, two runs side by side", title="accuracy")
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"sampled trajectories, mean over seeds and {WINDOW} steps; grey: 95% interval "
-                    f"of {next(iter(rows))}'s mean")
-    save(figure, "curves.png")
+def write_folder(row: str, runs: list[dict], above: Path) -> Path:
+    """The folder of the mean run, named after the row and the number of seeds."""
+    folder = above / f"{row}, {len(runs)} seeds"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, options = means(runs), runs[0]["options"]
+    settings = {name.strip("-"): value for name, value in zip(options[::2], options[1::2])}
+    settings["steps"] = len(lines)
+    settings["seeds"] = ", ".join(str(run["seed"]) for run in runs)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
-def luck(group: dict[str, dict[int, dict]]) -> None:
-    """MAPO minus GRPO against the number of options: the fewer, the more often a bluff is right."""
-    figure, axis = plt.subplots(figsize=(7, 3.8))
-    styles = {"accuracy": ("o", "black"), "hit": ("s", "0.4"), "gap": ("^", "0.7")}
-    names = {"0": "open", "8": "8 options", "4": "4", "2": "2"}
-    for shift, (key, (marker, color)) in enumerate(styles.items()):
-        for x, number in enumerate(names):
-            pairs = [(f"mapo, {number} options", f"grpo, {number} options")]
-            middle, half = interval(differences(group, pairs, key))
-            axis.errorbar(x + .15 * shift, middle, half, marker=marker, color=color, capsize=4,
-                          label=f"{key}, steps 1-20" if x == 0 else None)
-    axis.axhline(0, color="black", lw=.6)
-    axis.set(xticks=range(len(names)), xticklabels=names.values(), ylabel="MAPO - GRPO",
-             title="the edge against luck, 95% intervals")
-    axis.legend(loc="upper center", bbox_to_anchor=(.5, -.08), ncols=3, fontsize=8)
-    save(figure, "luck.png")
-
-
-def save(figure, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(DOCS / name, dpi=80)
+def main() -> None:
+    rows, above = rows_of(read_runs()), ROOT / "runs/curves"
+    folders = [write_folder(row, runs, above) for row, runs in rows.items()]
+    page, picture = write_page(folders), ROOT / "docs/curves.png"
+    print(page)
+    with Browser() as browser:
+        take_picture(browser, page, picture, 920, ("curves", "curves"), scale=2)
+        assert not browser.complaints()
+    print(f"{picture}: {picture.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    runs = read_runs()
-    for part in ("table", "five"):                 # the newer comparison, once it is there
-        _, group = chosen(part, runs)
-        if group:
-            curves({row: list(of_seed.values()) for row, of_seed in list(group.items())[:5]})
-            break
-    _, group = chosen("luck", runs)
-    if group:
-        luck(group)
+    main()

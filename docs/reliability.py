@@ -14,6 +14,7 @@ All else is *lost*.
 
 Run it:  python docs/reliability.py            # 8 minutes -> the table of docs/reliability.md
          python docs/reliability.py --quick    # a part, in 42 s; writes nothing
+         python docs/reliability.py --long     # does a long run fill the memory? MINUTES
 """
 import argparse
 import base64
@@ -35,6 +36,7 @@ from typing import Callable
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -53,6 +55,9 @@ SEEN = (96, 72)                                  # of the hostile turns' image
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}    # not the same in two runs
 TRAIN = ["train.py", "--steps", "8", "--save_every", "1", "--questions", "2", "--group", "4",
          "--eval_questions", "0"]
+LONG = ["train.py", "--steps", "2000", "--save_every", "200", "--questions", "1", "--group", "2",
+        "--eval_questions", "0", "--lr", "1e-6", "--quiet"]     # with the usual --lr it collapses
+EVERY = 5                                        # seconds between two samples of a run's memory
 EVAL = ["eval.py", "--n", "60", "--batch", "2", "--films", "0", "--temperature", "1"]
 
 
@@ -266,13 +271,17 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
 
-def run(command: list[str], out: Path, *more: str, **options) -> str:
-    """To its end; raises RuntimeError if that is no good one. Returns what it printed."""
-    process = start(command, out, *more, **options)
-    said, _ = process.communicate()
+def run(command: list[str], out: Path, *more: str, **options) -> list[tuple[int, float, int]]:
+    """To its end; raises RuntimeError if that is no good one. Returns samples of it."""
+    process, samples = start(command, out, *more, **options), []
+    while process.returncode is None:
+        try:
+            said, _ = process.communicate(timeout=EVERY)
+        except subprocess.TimeoutExpired:
+            samples += sample(Path(f"/proc/{process.pid}"), out / "metrics.jsonl")
     if process.returncode:
         raise RuntimeError(f"{command[0]} {out}: {said[-2000:]}")
-    return said
+    return samples[:-1]                              # the last one may be of a process that ends
 
 
 def state_of_training(out: Path) -> dict:
@@ -376,6 +385,45 @@ def resize(disk: Path, megabytes: int, mounted: bool) -> None:
         subprocess.run(["mount", "-o", f"remount,size={megabytes}m", disk], check=True)
 
 
+# ---- a long run ----------------------------------------------------------------------------------
+
+def sample(process: Path, metrics: Path) -> list[tuple[int, float, int]]:
+    """Steps done, resident MB, open files. Nothing of a process that does not train, or not yet."""
+    try:
+        steps, files = metrics.read_text().count("\n"), len(os.listdir(process / "fd"))
+        kilobytes = re.search(r"VmRSS:\s*(\d+)", (process / "status").read_text())
+    except OSError:
+        return []
+    return [(steps, int(kilobytes[1]) / 2**10, files)] if steps and kilobytes else []
+
+
+def settled(samples: list[tuple[int, float, int]]) -> np.ndarray:
+    """Without the first fifth of the steps, which is warm-up: (samples, 3)."""
+    return np.array([sample for sample in samples if sample[0] > samples[-1][0] / 5])
+
+
+def growth(samples: list[tuple[int, float, int]]) -> tuple[float, float]:
+    """Slope of memory, in MB per 1,000 steps, and half of its 95% interval, by least squares.
+
+    Neighbouring samples are alike, and do not count one by one: so the line goes through the means
+    of 10 blocks of them, and has 8 degrees of freedom."""
+    means = np.array([block.mean(0) for block in np.array_split(settled(samples), 10)])
+    steps, memory, _ = (means - means.mean(0)).T
+    slope = steps @ memory / (steps @ steps)
+    rest = memory - slope * steps
+    half = 2.306 * np.sqrt(rest @ rest / 8 / (steps @ steps))      # Student's t
+    return 1000 * slope, 1000 * half
+
+
+def long_run(folder: Path) -> str:
+    """How memory and open files went."""
+    samples = run(LONG, folder / "long")
+    slope, half = growth(samples)
+    return (f"{len(samples)} samples, {settled(samples)[:, 1].mean():.0f} MB, {slope:+.1f} MB per "
+            f"1,000 steps (95% interval {slope - half:.1f} to {slope + half:.1f}); open files: "
+            f"{samples[0][2]} at the start, {samples[-1][2]} at the end")
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 FULL = {"turns": 100_000, "files": 2000, "models": 60, "checkpoints": 200, "kills": 5, "ranks": 2,
@@ -420,12 +468,15 @@ def page(rows: dict[str, list[bool]], old: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a part; writes nothing")
-    quick, began = parser.parse_args(arguments).quick, time.time()
+    parser.add_argument("--long", action="store_true", help="memory in a long run; writes nothing")
+    args, began = parser.parse_args(arguments), time.time()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")                  # Pillow's, about pictures that are damaged
     with tempfile.TemporaryDirectory() as folder:
-        rows = try_all(QUICK if quick else FULL, Path(folder))
-    if not quick:
+        if args.long:
+            return print(f"{long_run(Path(folder))}; {time.time() - began:.0f} s")
+        rows = try_all(QUICK if args.quick else FULL, Path(folder))
+    if not args.quick:
         PAGE.write_text(page(rows, PAGE.read_text()))
     lost = sum(survived.count(False) for survived in rows.values())
     print(f"{lost} lost, {time.time() - began:.0f} s")

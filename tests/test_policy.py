@@ -260,8 +260,8 @@ def like_qwen(tmp_path_factory) -> Path:
         if file.suffix in (".json", ".safetensors") and file.name != "agent.json":
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN)
-    generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [2, 7]}))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 7]}))
     return folder
 
 

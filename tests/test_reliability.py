@@ -3,7 +3,9 @@ import random
 import re
 import shutil
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import ROOT
@@ -94,6 +96,57 @@ def shake(folder) -> str:
     shutil.rmtree(folder)
     policy.save(folder)
     return "shaken"
+
+
+def test_growth_is_a_straight_lines_slope():
+    """3 MB per 1,000 steps, whatever the warm-up did."""
+    samples = [(n, 500 + 3 * n / 1000 - 400 * (n <= 200), 4) for n in range(1, 1001)]
+    assert reliability.growth(samples) == pytest.approx((3, 0), abs=1e-6)
+
+
+def test_the_interval_holds_what_it_promises():
+    """95 of 100 flat runs whose samples are correlated (.5, the next .25, ..) are called flat."""
+    rng, flat = np.random.default_rng(0), 0
+    for _ in range(400):
+        noise = [0.]
+        for shock in rng.normal(size=249):
+            noise.append(.5 * noise[-1] + shock)
+        slope, half = reliability.growth([(8 * n, noise[n], 4) for n in range(250)])
+        flat += abs(slope) <= half
+    assert 365 <= flat <= 393
+
+
+LEAK = """
+import pathlib, sys, time
+kept, metrics = [], pathlib.Path(sys.argv[2]) / "metrics.jsonl"
+metrics.parent.mkdir()
+for step in range(60):
+    kept += [bytearray(b"x" * 2**20), open(metrics, "a")]
+    print("x" * 10_000)                         # more than a pipe holds
+    print("{}", file=kept[-1], flush=True)
+    time.sleep(.03)
+"""
+
+
+def test_a_leak_is_seen(tmp_path, monkeypatch):
+    """1 MB and a file a step."""
+    monkeypatch.setattr(reliability, "EVERY", .05)
+    samples = reliability.run(["-c", LEAK], tmp_path / "run")
+    samples = [sample for sample in samples if sample[0] < 60]           # before it cleans up
+    slope, half = reliability.growth(samples)
+    assert slope == pytest.approx(1000, rel=.1) and half < 100
+    (steps, _, files), (later, _, more) = samples[0], samples[-1]
+    assert more - files == pytest.approx(later - steps, abs=2) and later - steps > 30
+
+
+def test_what_does_not_train_has_no_sample(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert not reliability.sample(Path("/proc/self"), metrics)           # not yet
+    metrics.write_text("")
+    assert not reliability.sample(Path("/proc/self"), metrics)
+    metrics.write_text("{}\n")
+    assert reliability.sample(Path("/proc/self"), metrics)
+    assert not reliability.sample(Path("/proc/none"), metrics)           # not any more
 
 
 def test_the_page_is_made_of_its_table():

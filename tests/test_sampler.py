@@ -94,7 +94,8 @@ def test_a_turn_is_no_longer_than_max_tokens(policy, prompts):
 
 @pytest.mark.parametrize("text, ends", [
     ("<answer>rising</answer>", True), ("<tool_call>{}</tool_call>", True), ("yes<|im_end|>", True),
-    ("yes<|endoftext|>", True), ("<answer>rising", False), ("</think>", False), ("<think>3 > 2", False)])
+    ("yes<|endoftext|>", True), ("<answer>rising", False), ("</think>", False),
+    ("<think>3 > 2", False)])
 def test_where_a_turn_ends(policy, text, ends):
     assert ends_turn(policy.tokens(text).ids, policy) == ends
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,8 +19,8 @@ from eval import record
 from lib.data import Question, write_jsonl
 from lib.page import CROP, OVERVIEW, cut_again, encode
 from lib.policy import Tokens
-from lib.views import (LONG, MAX_TURNS, SHORT, closing, evenly, read_curves, read_run, some_steps,
-                       tell, view)
+from lib.views import (CURVES, LONG, MAX_TURNS, SHORT, closing, evenly, read_curves, read_run,
+                       some_steps, tell, view)
 from rollout import Trajectory, Turn
 from show import FRAME, SIDE, film_strip, find_questions, stack, transcript
 from show import write_animation, write_page
@@ -373,6 +374,28 @@ def test_long_curves_are_averaged():
     assert steps[:2] == [2, 4] and steps[-1] == 1000 and len(steps) == 500
     assert curves["accuracy"][0] == pytest.approx(.0005) and set(curves["gap"]) == {.5}
     assert "hit" not in curves
+
+
+def test_the_curves_of_the_documents(tmp_path, monkeypatch):
+    """By hand: a row of two seeds is one run of their means, where a seed without a value does not
+    count. The page has a line of its own for as many rows as can be drawn."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import plot
+    runs = [{"seed": seed, "options": ["--algo", "gspo", "--steps", "2"],
+             "curves": dict.fromkeys(CURVES, [seed / 8, .5]) | {"gap": [None, gap]}}
+            for seed, gap in ((3, None), (4, .25))]
+    folders = [plot.write_folder(row, runs, tmp_path) for row in ("gspo + beta 0.4, aim", "gspo")]
+    one, other = data_of(write_page(folders))["runs"]
+    assert (one["name"], other["name"]) == ("gspo + beta 0.4, aim, 2 seeds", "gspo, 2 seeds")
+    assert one["steps"] == [1, 2] and one["curves"] == other["curves"]
+    assert one["curves"] == dict.fromkeys(CURVES, [.4375, .5]) | {"gap": [None, .25]}
+    assert one["settings"] == {"algo": "gspo", "steps": "2", "seeds": "3, 4"}
+    assert one["planned"] == 2
+    script = Tags(folders[0] / "page.html").scripts[1]
+    patterns = re.search(r"const DASH = (\[.*?\]);", script)
+    assert len(set(json.loads(patterns[1]))) == plot.MOST == 6
+    with pytest.raises(ValueError, match="expected all runs of one of .*found none"):
+        plot.rows_of([])
 
 
 def test_a_step_as_text(run, trajectories):
