@@ -20,7 +20,7 @@ MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 ar
 it, and each number is an option. README.md lists what is the paper's and what is assumed.
 docs/theory.md says when the coupling pays, and where it fails.
 
-Run it:  python mapo.py          # the advantages of one group of five, under every row; 1 s
+Run it:  python mapo.py          # the advantages of one group of five, under every row but PPO; 1 s
 """
 from dataclasses import dataclass
 
@@ -102,7 +102,8 @@ def check(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, la
 # look, eq. 5   (1 - b) r' + b (S from t on - mean S)     (1 - b) r'              R_i - mean R
 # aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
 #
-# R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S.
+# R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
+# error is paid like the look after it by look, and like an answer by aim.
 
 CREDITS = ("trajectory", "look", "aim")
 
@@ -201,7 +202,7 @@ class Algorithm:
     mean: str = "trajectory"    # every trajectory weighs the same, or "token": every token does
     clip_low: float = .2
     clip_high: float = .2
-    max_draws: int = 1          # draws of other questions in place of groups without signal
+    max_draws: int = 1          # draws at most: others replace groups without signal; 1: none do
     overlong: float = 0.        # share of the length limit over which eq. 7's penalty ramps
     critic: bool = False        # a value head gives the advantage, not the group: lib/critic.py
 

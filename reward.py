@@ -10,9 +10,9 @@ and the two last hidden states are compared (E5-V, arXiv 2407.12580).
     s(l, x) = sigmoid(sharpness (contrast(l, x) - threshold))                      (10)
 
 Eq. 9: mean and std are over reference crops x'. This defeats vague labels: a label that fits all
-crops alike has contrast 0 on the average, where s is low (docs/vague.md). And the score is in
-standard deviations, so that it needs no fit for a new encoder.
-Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand.
+crops alike has contrast 0 on the average, where s is 0.05 (docs/vague.md).
+Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand; docs/score.md
+judges them.
 
 MAPO (arXiv 2604.06777) names the alignment of a description with what the tool returned; eq. 8 to
 10 are our reading of it. The encoder of tiny/ was *trained* for this comparison, with CLIP's own
@@ -230,7 +230,8 @@ def show_separation(scorer: Scorer) -> None:
                 crops.append(crop_at(policy, image, box))
                 truth.append(holds([8 * v for v in box], plate))
     scores, truth = scorer(labels, policy.encode_images(crops)).numpy(), np.array(truth)
-    print(f"\n{len(labels)} looks, aimed well, one cell off, or half off: mean score "
+    print(f"\n{len(labels)} looks, aimed well, one cell off, or half off (harder than what the "
+          "agent does: docs/score.md): mean score "
           f"{scores[truth].mean():.2f} where the crop holds the labelled object, "
           f"{scores[~truth].mean():.2f} where not; AUC {area_under_curve(scores, truth):.3f}")
 

@@ -2,8 +2,10 @@
 
 What it teaches: what is new in agentic RL is that the *environment* writes part of the sequence.
 A trajectory is one sequence of tokens; a mask says which of them are the agent's own. Sampled ids
-are kept exactly as they were sampled, never decoded and encoded again. What the tool returns is
-appended as new ids, under mask 0.
+are kept exactly as they were sampled, never decoded and encoded again: one text has several
+encodings, and another one would have another log-probability than the one that was sampled. What
+the tool returns is appended as new ids, under mask 0. An *overview* is the whole image, reduced to
+what the model can take; the agent sees it first.
 
     prompt -> [think, call]* -> crop or error -> .. -> [think, answer]*         * mask 1
 
@@ -29,7 +31,7 @@ HELD = 2**24                            # pixels of an image that stays open: 50
 class Turn:
     """What the agent wrote in one turn, and what came of it."""
     text: str
-    tokens: slice                       # where its ids stand in the trajectory
+    span: slice                         # where its ids stand in the trajectory
     call: Call | None = None            # a look: the call that was carried out ..
     box: tuple | None = None            # .. the box that it showed, in pixels of the original
     crop: Image.Image | None = field(default=None, repr=False)
@@ -174,11 +176,11 @@ def demonstrate() -> None:
     print(f"{len(trajectory.prompt.ids):4} tokens of the prompt: {question.prompt!r}")
     end = len(trajectory.prompt.ids)
     for turn in trajectory.turns:
-        if turn.tokens.start > end:
-            print(f"{turn.tokens.start - end:4} tokens of the tool's response")
-        end = turn.tokens.stop
-        logp = sum(trajectory.logps[turn.tokens])
-        print(f"{end - turn.tokens.start:4} tokens of the agent, log-probability {logp:.2f}: "
+        if turn.span.start > end:
+            print(f"{turn.span.start - end:4} tokens of the tool's response")
+        end = turn.span.stop
+        logp = sum(trajectory.logps[turn.span])
+        print(f"{end - turn.span.start:4} tokens of the agent, log-probability {logp:.2f}: "
               f"{turn.text}")
     print(f"ended by {trajectory.end}; answer {trajectory.answer!r}, right {question.answer!r}")
 

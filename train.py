@@ -519,7 +519,7 @@ def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: l
     checkpoint.append(run.out / "metrics.jsonl", [metrics])
     for i in sorted({0, 1, config.group} & set(range(len(batch.trajectories)))):
         trajectory, advantage = batch.trajectories[i], batch.advantage[i]
-        of_turns = [round(advantage[turn.tokens.stop - 2].item(), 4) for turn in trajectory.turns]
+        of_turns = [round(advantage[turn.span.stop - 2].item(), 4) for turn in trajectory.turns]
         line = {"step": step + 1, "advantage": of_turns, **record(trajectory)}
         checkpoint.append(run.out / "trajectories.jsonl", [line])
     shown = [(name, metrics[name]) for name in ("accuracy", "calls", "hit", "gap", "semantic")]
@@ -587,7 +587,7 @@ if __name__ == "__main__":
         if shard.rank() == 0:
             print(f"{time.time() - started:.0f} s")
     except KeyboardInterrupt as stop:
-        sys.exit(f"\ntrain.py: {stop or 'stopped; --resume goes on from the last checkpoint'}")
+        sys.exit(f"\ntrain.py: {stop or 'stopped'}")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"train.py: {shard.named(error)}")
     finally:

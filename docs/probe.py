@@ -87,7 +87,7 @@ def score_vectors(policy: Policy, trajectories: list[Trajectory], tokens: str = 
     for i, t in enumerate(tqdm(trajectories, "gradients", disable=None)):
         logp, sums = policy.logprobs([t.tokens], [t.mask])[0][0], {}
         for k in counted(t, tokens):
-            own = slice(t.turns[k].tokens.start - 1, t.turns[k].tokens.stop - 1)
+            own = slice(t.turns[k].span.start - 1, t.turns[k].span.stop - 1)
             sums[k] = logp[own].sum()
             sums[TURNS] = sums.get(TURNS, 0) + (A[i, own] * logp[own]).sum()
         for k, value in sums.items():
@@ -118,7 +118,7 @@ def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple
         run = SimpleNamespace(config=config, algorithm=row, critic=None)
         A = token_advantages(run, trajectories)
         for i, t in enumerate(trajectories):   # all tokens of a turn have one advantage
-            C[i, :len(t.turns)] = A[i, [turn.tokens.stop - 2 for turn in t.turns]]
+            C[i, :len(t.turns)] = A[i, [turn.span.stop - 2 for turn in t.turns]]
     mask = pad([t.mask for t in trajectories], False)
     weight = mapo.token_weights(mask * kept.repeat_interleave(group)[:, None], row.mean)
     return C * weight.max(1, keepdim=True).values * kept.sum(), kept

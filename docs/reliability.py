@@ -397,31 +397,27 @@ def sample(process: Path, metrics: Path) -> list[tuple[int, float, int]]:
     return [(steps, int(kilobytes[1]) / 2**10, files)] if steps and kilobytes else []
 
 
-def settled(samples: list[tuple[int, float, int]]) -> np.ndarray:
-    """Without the first fifth of the steps, which is warm-up: (samples, 3)."""
-    return np.array([sample for sample in samples if sample[0] > samples[-1][0] / 5])
+def growth(samples: list[tuple[int, float, int]]) -> tuple[float, float, float]:
+    """Memory: the mean in MB, the slope in MB per 1,000 steps, half of the slope's 95% interval.
 
-
-def growth(samples: list[tuple[int, float, int]]) -> tuple[float, float]:
-    """Slope of memory, in MB per 1,000 steps, and half of its 95% interval, by least squares.
-
-    Neighbouring samples are alike, and do not count one by one: so the line goes through the means
-    of 10 blocks of them, and has 8 degrees of freedom."""
-    means = np.array([block.mean(0) for block in np.array_split(settled(samples), 10)])
+    The first fifth of the steps is warm-up. Neighbouring samples are alike, and do not count one by
+    one: so least squares see the means of 10 blocks, and Student's t has 8 degrees of freedom."""
+    settled = np.array([sample for sample in samples if sample[0] > samples[-1][0] / 5])
+    means = np.array([block.mean(0) for block in np.array_split(settled, 10)])
     steps, memory, _ = (means - means.mean(0)).T
     slope = steps @ memory / (steps @ steps)
     rest = memory - slope * steps
-    half = 2.306 * np.sqrt(rest @ rest / 8 / (steps @ steps))      # Student's t
-    return 1000 * slope, 1000 * half
+    half = 2.306 * np.sqrt(rest @ rest / 8 / (steps @ steps))
+    return settled[:, 1].mean(), 1000 * slope, 1000 * half
 
 
 def long_run(folder: Path) -> str:
-    """How memory and open files went."""
+    """How memory and open files went, in a sentence."""
     samples = run(LONG, folder / "long")
-    slope, half = growth(samples)
-    return (f"{len(samples)} samples, {settled(samples)[:, 1].mean():.0f} MB, {slope:+.1f} MB per "
-            f"1,000 steps (95% interval {slope - half:.1f} to {slope + half:.1f}); open files: "
-            f"{samples[0][2]} at the start, {samples[-1][2]} at the end")
+    mean, slope, half = growth(samples)
+    return (f"{len(samples)} samples: {mean:.0f} MB, {slope:+.1f} MB per 1,000 steps (95% interval "
+            f"{slope - half:.1f} to {slope + half:.1f}); open files: {samples[0][2]} at the start, "
+            f"{samples[-1][2]} at the end")
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -474,7 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")                  # Pillow's, about pictures that are damaged
     with tempfile.TemporaryDirectory() as folder:
         if args.long:
-            return print(f"{long_run(Path(folder))}; {time.time() - began:.0f} s")
+            print(f"{long_run(Path(folder))}; {time.time() - began:.0f} s")
+            return
         rows = try_all(QUICK if args.quick else FULL, Path(folder))
     if not args.quick:
         PAGE.write_text(page(rows, PAGE.read_text()))

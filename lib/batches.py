@@ -24,7 +24,7 @@ def spread(values: Tensor, trajectories: list) -> Tensor:
     tokens = torch.zeros(len(trajectories), longest)
     for i, trajectory in enumerate(trajectories):
         for k, turn in enumerate(trajectory.turns):
-            tokens[i, turn.tokens] = values[i, k]
+            tokens[i, turn.span] = values[i, k]
     return tokens[:, 1:]
 
 

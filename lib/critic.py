@@ -66,10 +66,10 @@ def payments(trajectories: list, r: Tensor, s: Tensor, looked: Tensor, beta: flo
     weight = mapo.look_weights(looked, lam)
     shares = beta * s * weight / weight.sum(1, keepdim=True).clamp(min=1e-8)     # (N, T)
     for i, trajectory in enumerate(trajectories):
-        last = trajectory.turns[-1].tokens.stop - 1
+        last = trajectory.turns[-1].span.stop - 1
         paid[i, last] = (1 - beta) * r[i]
         for k, turn in enumerate(trajectory.turns):
-            paid[i, last if credit == "trajectory" else turn.tokens.stop - 1] += shares[i, k]
+            paid[i, last if credit == "trajectory" else turn.span.stop - 1] += shares[i, k]
     return paid[:, 1:]
 
 

@@ -10,12 +10,12 @@ What it teaches: all that stands between a Hugging Face model and an RL loop. It
 
 The one distribution, for a hidden state h, the model's last matrix W and a temperature T, is
 
-    log pi(token | h) = log_softmax(W h / T), without the ids of image placeholders
+    log pi(token | h) = log_softmax(W h / T), without the ids of VISION below
 
 The sampler (lib/sampler.py) and the trainer both use it. So the ratio of the new policy to the old
 one is 1 before a step: within 1e-4 in float32, for any padding, any order of the batch and any
-number of turns (tests/test_sampler.py). The placeholders are left out because an agent that wrote
-one would claim an image that is not there. They are left out in both, or the ratio were not 1.
+number of turns (tests/test_sampler.py). VISION's words are left out because an agent that wrote one
+would claim an image that is not there. They are left out in both, or the ratio were not 1.
 
 Run it:  python -m lib.policy      # a small picture: its tokens, positions, log-probabilities
 """

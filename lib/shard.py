@@ -8,7 +8,7 @@ it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; st
     gradient, float32         4 / N         4     2    .5
     master weights, float32   4 / N         4     2    .5
     Adam's moments, float32   8 / N         8     4     1
-    in all                    2 + 16 / N   18    10     4
+    in all                    2 + 16 / N   18    10     4   (a run's frozen base has 2 more)
 
 1. backward: a gradient is summed over the ranks as soon as it exists, in float32. Each rank keeps
    1/N of the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.

@@ -11,7 +11,7 @@ from lib.batches import micro_batches, pad, spread
 
 def told(length: int, *spans: tuple[int, int], prompt: object = None) -> SimpleNamespace:
     """A trajectory of so many tokens, with turns at these spans."""
-    turns = [SimpleNamespace(tokens=slice(*span)) for span in spans]
+    turns = [SimpleNamespace(span=slice(*span)) for span in spans]
     return SimpleNamespace(mask=[False] * length, turns=turns, prompt=prompt)
 
 

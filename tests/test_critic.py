@@ -96,7 +96,7 @@ def test_gradient_of_value_loss():
 def told(length: int, *spans: tuple[int, int]) -> SimpleNamespace:
     """A trajectory of so many tokens, with turns at these spans of its own tokens."""
     mask = [any(start <= j < stop for start, stop in spans) for j in range(length)]
-    turns = [SimpleNamespace(tokens=slice(*span)) for span in spans]
+    turns = [SimpleNamespace(span=slice(*span)) for span in spans]
     return SimpleNamespace(mask=mask, turns=turns)
 
 
@@ -151,7 +151,7 @@ class Batch:
         self.mask = own_tokens(self.trajectories)
         self.reward = torch.zeros(self.mask.shape)
         for i, trajectory in enumerate(self.trajectories):
-            self.reward[i, trajectory.turns[-1].tokens.stop - 2] = torch.rand(1, generator=g)
+            self.reward[i, trajectory.turns[-1].span.stop - 2] = torch.rand(1, generator=g)
         self.weight = mapo.token_weights(self.mask, "token")
 
     def critic(self, micro_tokens: int) -> tuple[Critic, torch.Tensor]:

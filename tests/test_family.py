@@ -292,7 +292,7 @@ def three_steps(policy, trajectories, share=None, algo="mapo", micro_tokens=10**
         run.critic.optimiser = shard.ShardedAdamW(list(run.critic.head.parameters()), eps=1e-4)
         paid = torch.zeros(advantage.shape)
         for i, trajectory in enumerate(mine):
-            paid[i, trajectory.turns[-1].tokens.stop - 2] = value[share[i]]
+            paid[i, trajectory.turns[-1].span.stop - 2] = value[share[i]]
         advantage = run.critic.advantages(mine, paid, micro_tokens)
     batch, stats = to_batch(mine, advantage, row), []
     for step in (10, 11, 12):                           # after the warm-up

@@ -40,10 +40,10 @@ def test_tokens_are_kept_as_sampled(policy, trajectories):
     only the agent's tokens are in the mask; image placeholders are never the agent's."""
     for t in trajectories:
         assert len(t.tokens.ids) == len(t.mask) == len(t.logps)
-        assert sum(t.mask) == sum(turn.tokens.stop - turn.tokens.start for turn in t.turns)
+        assert sum(t.mask) == sum(turn.span.stop - turn.span.start for turn in t.turns)
         for turn in t.turns:
-            assert all(t.mask[turn.tokens])
-            text = policy.decode(t.tokens.ids[turn.tokens])
+            assert all(t.mask[turn.span])
+            text = policy.decode(t.tokens.ids[turn.span])
             assert text.removesuffix("<|im_end|>") == turn.text
         assert not any(own for i, own in zip(t.tokens.ids, t.mask) if i == policy.image_id)
         assert all(logp == 0 for logp, own in zip(t.logps, t.mask) if not own)
@@ -70,7 +70,7 @@ def test_same_seed_same_trajectories(policy, questions, trajectories):
 
 def test_a_turn_is_bounded(policy, questions):
     for t in collect(policy, questions[:2], max_turns=2, max_tokens=3, temperature=0.):
-        assert all(turn.tokens.stop - turn.tokens.start <= 3 for turn in t.turns)
+        assert all(turn.span.stop - turn.span.start <= 3 for turn in t.turns)
 
 
 def test_a_call_returns_a_crop_and_an_answer_ends(policy, questions, script):
