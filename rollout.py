@@ -98,6 +98,9 @@ def begin(policy: Policy, questions: list[Question], group: int
         images.append(image if image.width * image.height <= HELD else None)
     for question, overview, tokens in zip(questions, overviews, policy.encode_images(overviews)):
         prompt = policy.prompt(tokens, question.prompt)
+        if len(prompt.ids) >= policy.positions:
+            raise ValueError(f"question {question.id}: {len(prompt.ids)} tokens with its image; "
+                             f"the model has {policy.positions} positions")
         prompts.append(prompt)
         for _ in range(group):
             trajectory = Trajectory(question, prompt, Tokens([]), [], [], overview.size,

@@ -84,6 +84,7 @@ class Policy:
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
 
         words = self.tokenizer.get_added_vocab()
+        self.positions = config.get_text_config().max_position_embeddings
         self.image_id, self.end_id = config.image_token_id, words["<|im_end|>"]
         ends = model.generation_config.eos_token_id or []       # a number, a list, or None
         self.end_ids = {self.end_id, words.get("<|endoftext|>", self.end_id),
