@@ -273,12 +273,6 @@ INTRODUCTION = """
 `python docs/bench.py` made this page; bench_step.py measured part c, bench_limit.py part d. Every
 single time is in [bench.jsonl](bench.jsonl). A ratio is the median over alternating pairs, with the
 smallest and the largest. Seconds are CPU seconds. Other jobs may have run: read the ratios."""
-OLDER = """
-**Older than the present code: parts {}.** They were measured with the earlier
-`tiny/` (sha256 074f6b62..) and the code of commit fa94ef9, before the sampler's loop was rewritten,
-and stay until they are measured again. There *vocabulary* was a random model of hidden size 64 with
-2 layers, and the limit of d was counted by formula: no padding, causal attention; *nothing shared*:
-each trajectory's own prompt."""
 SECTIONS = {
     "a": """
 ## a. Rollouts against `generate`
@@ -309,7 +303,8 @@ trajectory at a call that is not JSON.""",
 
 The other side is the limit: the time that `torch.matmul` takes, in the same run, for the matrix
 products of the work and nothing else. The work: forced rollouts of 3 turns, and the update on
-them.""",
+them. A ratio above 1 says that it was no limit: in decoding each product is a vector times a small
+matrix, which `torch.matmul`, called alone, does more slowly than the kernels of the run.""",
     "e": """
 ## e. Growth
 
@@ -373,9 +368,7 @@ def remarks(r: dict) -> list[str]:
 
 def page(records: list[dict]) -> str:
     notes = {r["part"]: r for r in records if r["row"] == "machine"}
-    older = [part for part, note in notes.items() if "start" not in note]
-    lines = ["# Speed and memory", *([OLDER.format(", ".join(older))] if older else []),
-             INTRODUCTION, *header("part", "measured on")]
+    lines = ["# Speed and memory", INTRODUCTION, *header("part", "measured on")]
     lines += [row(part, note["text"]) for part, note in notes.items()]
     for part in notes:
         rows = [r for r in records if r["part"] == part]
