@@ -14,7 +14,7 @@ All else is *lost*.
 
 Run it:  python docs/reliability.py            # 8 minutes -> the table of docs/reliability.md
          python docs/reliability.py --quick    # a part, in 42 s; writes nothing
-         python docs/reliability.py --long     # does a long run fill the memory? MINUTES
+         python docs/reliability.py --long     # does a long run fill the memory? 8 minutes
 """
 import argparse
 import base64
