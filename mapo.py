@@ -165,7 +165,8 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
     """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the
     agent's. Returns the loss, a scalar, and what was measured on the way, summed with the weights:
     kl, the estimate E[ratio - 1 - log ratio] of KL(old || new) (Schulman's k3), and clip_fraction,
-    the share of tokens whose gradient the clip removed. There is no dual clip."""
+    the share of tokens whose gradient the clip removed. There is no dual clip (arXiv 1912.09729):
+    it would also bound a large ratio under a negative advantage."""
     log_ratio = (logp - old_logp).clamp(-20, 20)          # (B, L)
     kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum().detach()
     if ratio == "sequence":

@@ -90,8 +90,8 @@ class Critic:
 
     @torch.no_grad()
     def advantages(self, trajectories: list, reward: Tensor, micro_tokens: int) -> Tensor:
-        """Advantages (N, L - 1) of rewards (N, L - 1) by GAE, whitened over the batch as PPO's
-        released code does. Keeps states, values and targets for `update`."""
+        """Advantages (N, L - 1) of rewards (N, L - 1) by GAE, then whitened (mean 0, std 1) over
+        the batch as PPO's released code does. Keeps states, values and targets for `update`."""
         mask = pad([t.mask for t in trajectories], False)
         self.batches, self.old = [], torch.zeros(mask.shape)
         for rows in micro_batches(trajectories, list(range(len(trajectories))), micro_tokens):

@@ -195,11 +195,14 @@ class Policy:
         return output.last_hidden_state, mask, ends
 
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
-        """Hidden states (B, L, D) of sequences, from the last token of their prompts on: the state
-        of that token chose the agent's first one.
+        """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
-        A prompt that several rows share (the same object) is computed once, but for its last token.
-        The rows read its keys and values in a cache; their gradients flow back through them."""
+        A prompt that several rows share (the same object) is computed once, but for its last token:
+
+            once    p p     then the rows   (p p) P a a       (..): keys and values in the cache,
+                    q q                     (p p) P b         repeated for each row; the gradients
+                                            (q q) Q c c       of all rows add up in them.
+            P, Q: the prompt's last token. Its state chooses the row's first own token a, b, c."""
         shared, which = distinct(prompts)
         openings = [prompt.cut(0, -1) for prompt in shared]
         once = Cache(layer_class_to_replicate=Repeatable)
@@ -407,8 +410,9 @@ def distinct(items: list) -> tuple[list, list[int]]:
 
 
 class Repeatable(DynamicLayer):
-    """A cache's layer for training: `past` keys and values, and those that come now. An update
-    forgets the one before, so that activation checkpointing may run it again."""
+    """A cache's layer for training: `past` keys and values, and those that come now. Activation
+    checkpointing runs a layer twice, forward and backward: DynamicLayer would append the new keys
+    twice. Here an update starts from `past` again."""
 
     def __init__(self, *past: Tensor):
         super().__init__()

@@ -20,7 +20,11 @@ it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; st
 Collectives must come in the same order on all ranks, or they wait for ever. Autograd promises no
 order, and a rank may have fewer micro-batches, or a parameter without a gradient. So gradients are
 put in buckets, and buckets are sent in one fixed order. `finish_micro_batch()` sends zeros for what
-did not come; a rank without a micro-batch calls just that.
+did not come; a rank without a micro-batch calls just that. Two ranks, two buckets:
+
+    rank 0   backward fills 1, sends 1, fills 2, sends 2            finish_micro_batch: nothing left
+    rank 1   backward fills 2 (it waits for 1), fills 1, sends 1, 2
+    rank 1   has no second micro-batch                              finish: sends zeros as 1, 2
 
 What is left out: sharded weights (ZeRO-3), communication during computation, CPU offload.
 
