@@ -1,9 +1,9 @@
 """Evaluate an agent: accuracy per category with 95% intervals, and what the agent looked at.
 
 What it teaches: accuracy alone cannot tell an agent that looks from one that guesses. Beside it
-stand `hit` (all the evidence was shown), `gap` (looks whose crop does not hold what their label
-names), `lucky` (right answers without a hit) and `semantic` (the mean score of a look). The
-histogram of answers shows a model that always says A.
+stand `hit` (all the evidence was shown, close enough to read), `gap` (looks whose crop does not
+hold what their label names), `lucky` (right answers without a hit) and `semantic` (the mean score
+of a look). The histogram of answers shows a model that always says A.
 
 Run it:  python eval.py --model runs/mapo                    # the world's held-out questions; 20 s
          python eval.py --model tiny --data questions.jsonl  # your own; its fields: lib/data.py

@@ -20,7 +20,7 @@ MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 ar
 it, and each number is an option. README.md lists what is the paper's and what is assumed.
 docs/theory.md says when the coupling pays, and where it fails.
 
-Run it:  python mapo.py          # the advantages of one group of five, under every row but PPO; 1 s
+Run it:  python mapo.py          # the advantages of one group of five, under every row but PPO; 2 s
 """
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@ look; on its right is the crop that came back. Below them stand the label, which
 before it saw the crop, and the look's semantic score. The page has curves, tables, the same
 held-out questions at several steps, and trajectories to page through.
 
-Run it:  python show.py                               # one trajectory of tiny/ in text; 5 s
+Run it:  python show.py                               # one trajectory of tiny/ in text; 7 s
          python show.py --model runs/mapo --index 3   # its film strip is in runs/show.png
          python show.py runs/mapo runs/grpo           # both side by side: runs/mapo/page.html
          python show.py --text runs/mapo --step 20    # what the agent did at that step

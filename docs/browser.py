@@ -131,6 +131,17 @@ def check(browser: Browser, size: tuple[int, int], runs: int) -> None:
     assert browser.run(position) == "1"
     browser.press("ArrowLeft")
     assert browser.run(position) == "0"
+    browser.run("document.querySelector('#stories .bar').scrollIntoView()")
+    arrow = "return document.querySelector('[aria-label=next]').getBoundingClientRect().top"
+    tops = []
+    for _ in range(40):                                  # the arrow stays under the pointer
+        tops.append(browser.run(arrow))
+        browser.press("ArrowRight")
+    assert max(tops) - min(tops) < 1, tops
+    last = browser.run("const strip = document.querySelector('.strip');"
+                       "const edge = element => element.getBoundingClientRect().right;"
+                       "return edge(strip.lastChild) - edge(strip)")
+    assert last <= 1, "the last step is outside the strip"
     for name in browser.run("return FILTERS.map(([name]) => name)"):
         browser.click(name)
         shown = browser.run("return document.querySelector('#stories').innerText")

@@ -13,7 +13,7 @@ Run it:  python show.py --text runs/mapo --step 20     # views as text
 """
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib.checkpoint import newest
@@ -35,35 +35,51 @@ def read_run(folder: Path, share: int = 1) -> dict:
 
     share: among how many runs the page's trajectories are divided. Raises FileNotFoundError if
     the folder holds neither."""
-    stories = list(read_lines(folder / "trajectories.jsonl"))
-    predictions = []
-    for file in sorted(folder.glob("predictions-*.jsonl")):
-        predictions += read_lines(file)
-    metrics = list(read_lines(folder / "metrics.jsonl"))
+    limit = MAX_TRAJECTORIES // share
+    stories, unseen = read_evenly(limit, folder / "trajectories.jsonl")
+    predictions, more = read_evenly(limit, *sorted(folder.glob("predictions-*.jsonl")))
+    metrics = [{name: line.get(name) for name in ("step", *CURVES)}
+               for line in read_lines(folder / "metrics.jsonl")]
     if not metrics and not predictions:
         raise FileNotFoundError(f"{folder}: expected the folder of a run of train.py or eval.py; "
                                 "found neither metrics.jsonl nor predictions-*.jsonl")
     settings = read_settings(folder)
     watched = [view(saved, "held out")
                for saved in some_steps(list(read_lines(folder / "watched.jsonl")))]
-    kept = [view(saved, "training") for saved in evenly(stories, MAX_TRAJECTORIES // share)]
-    kept += [view(saved, "held out") for saved in evenly(predictions, MAX_TRAJECTORIES // share)]
+    kept = [view(saved, "training") for saved in stories]
+    kept += [view(saved, "held out") for saved in predictions]
     shown = {text(name, SHORT): text(value, SHORT) for name, value in list(settings.items())[:100]
              if name not in OWN}
     steps, curves = read_curves(metrics)
     return {"name": text(folder.resolve().name, SHORT), "steps": steps, "curves": curves,
             "planned": number(settings.get("steps")), "settings": shown,
             "results": read_results(folder), "watched": watched, "trajectories": kept,
-            "left_out": len(stories) + len(predictions) - len(kept)}
+            "left_out": unseen + more}
 
 
-def read_lines(file: Path) -> Iterator[dict]:
-    """The objects of a .jsonl file. A line that a kill has torn is left out."""
-    if file.is_file():
-        for line in file.read_bytes().splitlines():
-            saved = parse(line)
-            if saved:
-                yield saved
+def read_lines(*files: Path) -> Iterator[dict]:
+    """The objects of .jsonl files. A line that a kill has torn is left out."""
+    return filter(None, map(parse, raw_lines(*files)))
+
+
+def raw_lines(*files: Path) -> Iterator[bytes]:
+    """Lines that look like objects, one by one: training reads the files of a long run, too, and
+    must not hold them."""
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as lines:
+                for line in map(bytes.strip, lines):
+                    if line.startswith(b"{") and line.endswith(b"}"):
+                        yield line
+
+
+def read_evenly(limit: int, *files: Path) -> tuple[list[dict], int]:
+    """At most `limit` objects, evenly spaced, and how many are left out."""
+    count = sum(1 for _ in raw_lines(*files))
+    places = set(evenly(range(count), limit))
+    kept = [parse(line) for i, line in enumerate(raw_lines(*files)) if i in places]
+    kept = [saved for saved in kept if saved]
+    return kept, count - len(kept)
 
 
 def parse(line: bytes | str) -> dict:
@@ -116,11 +132,11 @@ def read_results(folder: Path) -> list[dict]:
     return rows[:MAX_ROWS]
 
 
-def evenly(items: list, count: int) -> list:
+def evenly(items: Sequence, count: int) -> Sequence:
     """At most `count` of the items, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return items
-    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+    return [items[i * (len(items) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def some_steps(watched: list[dict]) -> list[dict]:
@@ -230,7 +246,7 @@ def tell_one(view: dict) -> str:
             lines.append(f"    -> crop of “{turn['label']}”{score}{gap}")
         if turn["error"]:
             lines.append(f"    -> {turn['error']}: {turn['message']}")
-    luck = ", by luck: not all the evidence was shown" if view["lucky"] else ""
+    luck = ", by luck: evidence was not shown, or not close enough to read" if view["lucky"] else ""
     verdict = f"right{luck}" if view["correct"] else f"wrong, right is {view['right']}"
     return "\n".join([*lines, f"  answer: {view['answer'] or view['end']}: {verdict}"])
 

@@ -1,8 +1,10 @@
 """The page's dangers, a few of each: what survives, and that what is lost would be seen."""
+import json
 import random
 import re
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import reliability
 from lib import benchmarks, data
 from lib.policy import Policy
+from lib.views import read_run
 from tools import Answer, Call, ToolError, parse
 
 
@@ -147,6 +150,19 @@ def test_what_does_not_train_has_no_sample(tmp_path):
     metrics.write_text("{}\n")
     assert reliability.sample(Path("/proc/self"), metrics)
     assert not reliability.sample(Path("/proc/none"), metrics)           # not any more
+
+
+def test_a_long_runs_trajectories_are_not_held(tmp_path):
+    """Each checkpoint writes the run's page: 12 MB of files more are at most 1 MB of memory more."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    line, peaks = json.dumps({"step": 1, "question": "x" * 2000}) + "\n", []
+    for count in (500, 6500):
+        (tmp_path / "trajectories.jsonl").write_text(line * count)
+        tracemalloc.start()
+        assert read_run(tmp_path)["left_out"] == count - 150
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2**20
 
 
 def test_the_page_is_made_of_its_table():
