@@ -153,7 +153,7 @@ def test_what_does_not_train_has_no_sample(tmp_path):
 
 
 def test_a_long_runs_trajectories_are_not_held(tmp_path):
-    """Each checkpoint writes the run's page: 12 MB of files more are at most 1 MB of memory more."""
+    """Each checkpoint writes the run's page: files of 12 MB more take at most 1 MB of memory."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     line, peaks = json.dumps({"step": 1, "question": "x" * 2000}) + "\n", []
     for count in (500, 6500):
