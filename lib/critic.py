@@ -61,8 +61,8 @@ def payments(trajectories: list, r: Tensor, s: Tensor, looked: Tensor, beta: flo
              credit: str) -> Tensor:
     """The return R as rewards of tokens (N, L - 1). A trajectory's payments sum to its R (eq. 2).
 
-    credit "trajectory": all at the last token. Else each look's share of S at its turn's end; "look"
-    and "aim" are the same here, because there is no group to compare a look with."""
+    credit "trajectory": all at the last token. Else each look's share of S at its turn's end;
+    "look" and "aim" are one here: there is no group to compare a look with."""
     paid = torch.zeros(len(trajectories), max(len(t.mask) for t in trajectories))
     weight = mapo.look_weights(looked, lam)
     shares = beta * s * weight / weight.sum(1, keepdim=True).clamp(min=1e-8)     # (N, T)
