@@ -201,10 +201,9 @@ def free_folder(out: Path) -> Path:
 
 
 def prepare(out: Path, settings: dict) -> None:
-    """Make the folder, or go on in one whose predictions were made with the same settings."""
+    """Begin in an empty folder, or go on in one whose predictions have the same settings."""
     note = out / "settings.json"
     if not predictions(out):
-        out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         return
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -320,8 +319,9 @@ def run(args: argparse.Namespace) -> None:
                 print(f"judging {args.model}, the newest weights of {named}")
             if out != Path(args.out):
                 print(f"{args.out} holds predictions; this run's are in {out}")
+            out.mkdir(parents=True, exist_ok=True)
+            lock(out)               # before anything in it is touched
             prepare(out, settings)
-            lock(out)
     with shard.together():
         ask(args, policy, scorer, questions, out)
     if shard.rank() == 0:

@@ -65,7 +65,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     """`group` trajectories of each question, in the questions' order: [q0, q0, .., q1, q1, ..].
 
     max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
-    temperature 0 is greedy. Whatever the agent writes, this raises nothing."""
+    temperature 0 is greedy. Whatever the agent writes, this raises nothing. Raises ValueError for a
+    question that is longer than the model's positions."""
     images, prompts, trajectories = begin(policy, questions, group)
     session = Session(policy, prompts, group)
     active = list(range(len(trajectories)))     # the trajectory of each row of the session

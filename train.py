@@ -219,7 +219,8 @@ def prepare(config: Config) -> Run:
         saved = checkpoint.newest(out) if config.resume else None
         if saved:
             checkpoint.check_settings(saved, settings(config), FREE)
-            checkpoint.verify(saved)
+            if shard.rank() == 0:               # it reads every file; one rank is enough
+                checkpoint.verify(saved)
         stream, tests = Questions(config), held_out(config)
         start, dtype = checkpoint.newest(config.model), getattr(torch, config.dtype)
         base = Policy(start, device, dtype, config.coordinates or None)
@@ -491,11 +492,17 @@ def show_page(run: Run) -> None:
 
 def handful(questions: list[Question], count: int = 6) -> list[Question]:
     """The first question of each category, then the first others; in their own order."""
+    first = first_of_each(questions)
+    others = [i for i in range(len(questions)) if i not in first]
+    return [questions[i] for i in sorted([*first, *others][:count])]
+
+
+def first_of_each(questions: list[Question]) -> list[int]:
+    """The place of the first question of each category."""
     first = {}
     for i, question in enumerate(questions):
         first.setdefault(question.category, i)
-    others = [i for i in range(len(questions)) if i not in first.values()]
-    return [questions[i] for i in sorted([*first.values(), *others][:count])]
+    return list(first.values())
 
 
 def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: list[dict],
@@ -570,11 +577,8 @@ def report(run: Run, before: dict, after: dict) -> None:
     if not main:
         return
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
-    first = {}                                 # the first question of each category, at most four
-    for i, trajectory in enumerate(before["greedy"]):
-        first.setdefault(trajectory.question.category, i)
     strips = []
-    for i in sorted(first.values())[:4]:
+    for i in first_of_each([t.question for t in before["greedy"]])[:4]:
         strips.append(film_strip(before["greedy"][i], "before: "))
         strips.append(film_strip(after["greedy"][i], "after: "))
     stack(strips).save(run.out / "films.png")

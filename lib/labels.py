@@ -32,8 +32,9 @@ INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Cn")   # control, format, private, surroga
 # What looks like < or >, and the letters that other scripts' letters and digits look like.
 ANGLES = ("<>\u02c2\u02c3\u1433\u1438\u16b2\u2039\u203a\u276c\u276d\u276e\u276f\u2770\u2771\u27e8"
           "\u27e9\u29fc\u29fd\u3008\u3009")
-LOOK_ALIKES = str.maketrans("аеорсухѕԁһкмнтвіјӏ" + "αορνιτκυχεημβ" + "ıɑɡl" + "0134579",
-                            "aeopcyxsdhkmhtbiji" + "aopvitkuxehmb" + "iagi" + "oieastg")
+LOOK_ALIKES = (str.maketrans("аеорсухѕԁһкмнтвіјӏ", "aeopcyxsdhkmhtbiji")       # Cyrillic
+               | str.maketrans("αορνιτκυχεημβ", "aopvitkuxehmb")                # Greek
+               | str.maketrans("ıɑɡl0134579", "iagioieastg"))
 
 
 def clean(label: str) -> str:
