@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
-TRAIN = [sys.executable, "train.py"]
+TRAIN, JUDGE = [sys.executable, "train.py"], [sys.executable, "docs/record.py"]
 SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
                 "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
                 "lib/shard.py", "lib/data.py")
@@ -96,13 +96,15 @@ def train(row: str, options: list[str], seed: int, pair: tuple[str, str]) -> str
     """One run, recorded; its folder and its log stay. Raises RuntimeError if it failed."""
     from lib.checkpoint import choose_folder        # with torch; who draws a page need not wait
     out = choose_folder(RUNS / f"{row.replace(' ', '')}-{seed}", resume=False)
-    command, log = [*TRAIN, *options, "--seed", str(seed), "--out", str(out)], Path(f"{out}.log")
+    of_run, log = ["--seed", str(seed), "--out", str(out)], Path(f"{out}.log")
     began = time.time()
     with log.open("w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    if done.returncode:
-        raise RuntimeError(f"{row}, seed {seed}: {log} ends {log.read_text()[-300:]!r}")
+        for command in ([*TRAIN, *options, *of_run, "--eval_questions", "0"],
+                        [*JUDGE, *options, *of_run]):
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+            if done.returncode:
+                raise RuntimeError(f"{row}, seed {seed}: {log} ends {log.read_text()[-300:]!r}")
     if present() != pair:
         raise RuntimeError("the start or the code has changed meanwhile: the run is not recorded")
     run = {"name": row, "seed": seed, "start": pair[0], "code": pair[1], "options": options,
@@ -120,5 +122,27 @@ def numbers(out: Path) -> dict:
     return {"results": results, "curves": {name: [s[name] for s in steps] for name in CURVES}}
 
 
+def judge(options: list[str]) -> None:
+    """Ask the newest weights of a run the held-out questions, as train.py asks them; results.json.
+    That train.py would ask the start first, the same in each run, takes a fifth of a run."""
+    from eval import evaluate, summary
+    from lib.checkpoint import newest
+    from lib.policy import Policy
+    from reward import Scorer
+    from train import held_out, parse_config
+    config, results = parse_config(options), {}
+    questions, scorer = held_out(config), Scorer(Policy(newest(config.model)))
+    policy, batch = Policy(newest(config.out)), min(64, config.questions * config.group)
+    for how, temperature in (("greedy", 0.), ("sampled", 1.)):
+        answers = evaluate(policy, questions, scorer, temperature, 0, config.max_turns,
+                           config.max_tokens, batch)
+        results[f"after {how}"] = {"categories": summary(answers, questions)}
+    (Path(config.out) / "results.json").write_text(json.dumps(results))
+
+
 def four_decimals(number: str) -> float:
     return round(float(number), 4)
+
+
+if __name__ == "__main__":
+    judge(sys.argv[1:])
