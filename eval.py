@@ -3,11 +3,10 @@
 What it teaches: accuracy alone cannot tell an agent that looks from one that guesses. Beside it
 stand `hit` (all the evidence was shown, close enough to read), `gap` (looks whose crop does not
 hold what their label names), `lucky` (right answers without a hit) and `semantic` (the mean score
-of a look). The histogram of answers shows a model that always says A.
+of a look); reward.py measures them.
 
 Run it:  python eval.py --model runs/mapo                    # the world's held-out questions; 20 s
          python eval.py --model tiny --data questions.jsonl  # your own; its fields: lib/data.py
-         python eval.py --model tiny --no_tools              # the same questions without a look
          python eval.py --model DIR --data VStarBench.tsv --max_turns 6 --max_tokens 512 \\
              --device cuda --dtype bfloat16                  # a benchmark: lib/benchmarks.py
          torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches
@@ -23,15 +22,13 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Callable
 
 import torch
 from tqdm import tqdm
 
-from lib import benchmarks, shard
-from lib.checkpoint import append, lock, newest
+from lib import benchmarks, checkpoint, shard
 from lib.data import DataError, Question, check_pictures, listed
 from lib.policy import Policy, Tokens
 from reward import Scorer, astray, grounded, measure, outcome, score_looks
@@ -42,11 +39,7 @@ from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
 # What a --resume may change. (With another batch, sampled answers are others, but as good.)
-FREE = ("n", "check", "batch", "films", "out", "resume", "device")
-NO_TOOLS_PROMPT = """You are a careful visual agent.
-
-Think first, then finish with the letter or the text of your answer:
-<think>The sign says 42.</think><answer>42</answer>"""
+FREE = ("n", "batch", "films", "out", "resume", "device")
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -113,34 +106,18 @@ def table(rows: dict[str, dict]) -> str:
 
 def benchmark_table(name: str, trajectories: list[Trajectory]) -> str:
     """The benchmark's own rows, by the reference's rule and by ours, and how the tool was used."""
-    results, ours = [], []
+    reference, ours = [], []
     for t in trajectories:
-        results.append((t.question, benchmarks.correct(t.question, t.answer)))
-        ours.append((t.question, benchmarks.correct(t.question, t.answer, "ours")))
+        reference.append((t.question, benchmarks.correct(t.question, t.answer)))
+        ours.append((t.question, benchmarks.correct(t.question, t.answer, ours=True)))
     lines = [f"{name:36}{'n':>5}  accuracy (95% interval)    ours"]
-    for row, our_row in zip(benchmarks.accuracies(results), benchmarks.accuracies(ours)):
+    for row, our_row in zip(benchmarks.accuracies(reference), benchmarks.accuracies(ours)):
         label, accuracy, n, trials = row
         lines.append(f"{label:36}{n:5}  {with_interval(accuracy, trials)}  {our_row[1]:6.3f}")
     m = measure(trajectories)
     semantic = "" if m["semantic"] is None else f", semantic {m['semantic']:.2f}"
     lines.append(f"calls per question {m['calls']:.2f}, valid turns {m['valid']:.2f}{semantic}")
     return "\n".join(lines)
-
-
-def histogram(trajectories: list[Trajectory]) -> str:
-    """How often each option was answered, and was right; "-" is no answer, or no option."""
-    said, right = Counter(), Counter()
-    for t in trajectories:
-        if t.question.choices:
-            said[letter(t.question, t.answer)] += 1
-            right[letter(t.question, t.question.answer)] += 1
-    columns = [f"{key} {said[key]} (right {right[key]})" for key in sorted(said | right)]
-    return "answers: " + "  ".join(columns)
-
-
-def letter(question: Question, answer: str | None) -> str:
-    option = benchmarks.chosen(question, answer)
-    return "-" if option is None else chr(ord("A") + option)
 
 
 # ---- trajectories on disk ------------------------------------------------------------------------
@@ -191,87 +168,43 @@ def read_predictions(out: Path) -> dict[int, dict]:
     return found
 
 
-def free_folder(out: Path) -> Path:
-    """The folder, or, while that holds predictions, the next of out-2, out-3, .."""
-    folder, number = out, 1
-    while predictions(folder):
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-    return folder
-
-
-def prepare(out: Path, settings: dict) -> None:
-    """Begin in an empty folder, or go on in one whose predictions have the same settings."""
-    note = out / "settings.json"
-    if not predictions(out):
-        note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        return
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    changed = [f"{key} {before.get(key)!r} there and {value!r} now"
-               for key, value in settings.items() if before.get(key) != value]
-    if changed:
-        raise DataError(f"{note}: --resume expected the same settings, "
-                        f"found {'; '.join(changed)}; choose another --out")
-    for file in predictions(out):        # what is appended must not continue a torn line
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
-    """The benchmark's name, or "", and all its questions."""
+    """The benchmark's name, or "", and all its questions. All bad rows and pictures are named
+    before the first question is asked (DataError)."""
     if not args.data:
         return "", world_questions(World(options=args.options), 0, "test", 0, args.n or 500)
     bad = []
     name, questions = benchmarks.load(args.data, bad)
-    if args.check or args.skip_bad:
-        questions = check_pictures(questions, bad, whole=args.skip_bad)
-    if bad and not args.skip_bad:
-        raise DataError(listed(bad))
-    if bad and shard.rank() == 0:
-        print(f"--skip_bad: {len(bad)} questions are left out:\n{listed(bad)}")
-    if not questions:
-        raise DataError(f"{args.data}: no questions")
+    questions = check_pictures(questions, bad)
+    if bad or not questions:
+        raise DataError(listed(bad) or f"{args.data}: no questions")
     return name, questions
 
 
-def final_answer(trajectory: Trajectory, no_tools: bool = False) -> str | None:
-    """What is scored when no <answer> was closed. To a benchmark's question it is the whole last
-    turn, as the references read it. Without tools it is what follows the thought: a model that
-    never learnt to write tags may just say "B". Else it is nothing."""
-    if trajectory.answer is not None:
-        return trajectory.answer
-    if trajectory.question.meta:
-        return trajectory.turns[-1].text
-    if no_tools:
-        rest = trajectory.turns[-1].text.rsplit("</think>", 1)[-1]
-        return rest.strip().removeprefix("<answer>")
-    return None
-
-
-def base_of(model: str) -> str:
-    """The frozen model that scored this one in training, as train.py notes; else the model."""
-    note = Path(model) / "train.json"
-    return json.loads(note.read_text(encoding="utf-8"))["model"] if note.is_file() else model
-
-
 def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Question]) -> Scorer:
-    """Its reference crops are of --data, or of the world. Raises ValueError if the encoder has
-    another vision tower than the policy, whose features of the crops it scores."""
+    """Its encoder is the frozen model at which training began, as train.py notes it beside the
+    weights; else the model itself. Reference crops are of --data, or of the world."""
+    note, base = Path(args.model) / "train.json", args.model
+    if note.is_file():
+        base = json.loads(note.read_text(encoding="utf-8"))["model"]
     encoder = policy
-    if args.encoder != args.model:
-        encoder = Policy(args.encoder, policy.device, policy.model.dtype)
-        if not same_eyes(policy, encoder):
-            raise ValueError(f"--encoder {args.encoder}: expected the vision tower of {args.model},"
-                             f" found another; use --encoder none, or --encoder {args.model}")
+    if base != args.model:
+        encoder = Policy(base, policy.device, policy.model.dtype)
     return Scorer(encoder, questions[:64] if args.data else None)
 
 
-def same_eyes(a: Policy, b: Policy) -> bool:
-    """Do both have the same vision tower, and the same size of crops?"""
-    one, other = (list(policy.model.model.visual.parameters()) for policy in (a, b))
-    equal = len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
-    return equal and a.resolution == b.resolution
+def begin(out: Path, settings: dict) -> None:
+    """Begin in an empty folder, or go on in one whose predictions have the same settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.lock(out)                 # before anything in it is touched
+    if predictions(out):
+        checkpoint.check_settings(out, settings, set(), "settings.json")
+    else:
+        (out / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    for file in predictions(out):        # what is appended must not continue a torn line
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questions: list[Question],
@@ -287,12 +220,32 @@ def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questio
         part = evaluate(policy, [questions[n] for n in numbers], scorer, args.temperature,
                         args.seed + start, args.max_turns, args.max_tokens, args.batch)
         for trajectory in part:
-            trajectory.answer = final_answer(trajectory, args.no_tools)
+            trajectory.answer = final_answer(trajectory)
         if args.films and start == 0:
             strips = [film_strip(trajectory) for trajectory in part[:args.films]]
             stack(strips).save(out / "films.png")
-        append(out / f"predictions-{rank}.jsonl",
-               [{"n": n, **record(t)} for n, t in zip(numbers, part) if n not in done])
+        checkpoint.append(out / f"predictions-{rank}.jsonl",
+                          [{"n": n, **record(t)} for n, t in zip(numbers, part) if n not in done])
+
+
+def final_answer(trajectory: Trajectory) -> str | None:
+    """Where no <answer> was closed, a benchmark's question takes the whole last turn, as the
+    references read it; another question has no answer."""
+    if trajectory.answer is None and trajectory.question.meta:
+        return trajectory.turns[-1].text
+    return trajectory.answer
+
+
+def report(args: argparse.Namespace, name: str, questions: list[Question], out: Path) -> None:
+    """The table of all ranks' predictions, results.json, and the page."""
+    saved = read_predictions(out)
+    trajectories = [restore(saved[n], question) for n, question in enumerate(questions)]
+    rows = summary(trajectories, questions)
+    print(benchmark_table(name, trajectories) if name else table(rows))
+    moment = "evaluated greedy" if args.temperature == 0 else "evaluated sampled"
+    results = {moment: {**rows["all"], "categories": rows}}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(f"saved in {out}; look at it: {write_page([out])}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -302,39 +255,25 @@ def run(args: argparse.Namespace) -> None:
         name, every = load_questions(args)
         questions, named = every[:args.n], Path(args.model)
         # from here on, args say what is really used
-        args.model = str(newest(named))
+        args.model = str(checkpoint.newest(named))
         args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
-        if args.no_tools:
-            args.encoder, args.max_turns = "none", 1
-            # a model that was trained without a system prompt keeps none
-            policy.system_prompt = policy.system_prompt and NO_TOOLS_PROMPT
-        args.encoder = args.encoder or base_of(args.model)
-        scorer = None if args.encoder == "none" else load_scorer(args, policy, every)
-        out = Path(args.out) if args.resume else free_folder(Path(args.out))
+        scorer = None if args.no_score else load_scorer(args, policy, every)
+        out = Path(args.out)
+        if not args.resume:
+            out = checkpoint.choose_folder(out, resume=False)
         settings = {key: value for key, value in vars(args).items() if key not in FREE}
     with shard.together():
         if shard.rank() == 0:
             if Path(args.model) != named:
                 print(f"judging {args.model}, the newest weights of {named}")
             if out != Path(args.out):
-                print(f"{args.out} holds predictions; this run's are in {out}")
-            out.mkdir(parents=True, exist_ok=True)
-            lock(out)               # before anything in it is touched
-            prepare(out, settings)
+                print(f"{args.out} holds a run; this one has --out {out}")
+            begin(out, settings)
     with shard.together():
         ask(args, policy, scorer, questions, out)
     if shard.rank() == 0:
-        saved = read_predictions(out)
-        trajectories = [restore(saved[n], question) for n, question in enumerate(questions)]
-        rows = summary(trajectories, questions)
-        print(benchmark_table(name, trajectories) if name else table(rows))
-        print(histogram(trajectories))
-        moment = "evaluated greedy" if args.temperature == 0 else "evaluated sampled"
-        results = {moment: {**rows["all"], "categories": rows}}
-        (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        films = f", {out}/films.png" if (out / "films.png").is_file() else ""
-        print(f"saved {out}/predictions-*.jsonl{films}; look at it: {write_page([out])}")
+        report(args, name, questions, out)
 
 
 def main() -> None:
@@ -342,9 +281,6 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiny", help="a model directory, or a run of train.py")
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
-    add("--check", action="store_true", help="first open each picture of --data: its header")
-    add("--skip_bad", action="store_true",
-        help="first decode each picture of --data; leave bad questions out, and say which")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
     add("--options", type=int, default=4, help="of the world's mark questions, 0 or 2 to 8")
     add("--temperature", type=float, default=0., help="0 is greedy")
@@ -352,8 +288,7 @@ def main() -> None:
     add("--max_tokens", type=int, default=64, help="per turn; larger models need a few hundred")
     add("--batch", type=int, help="questions asked side by side; default: 64, benchmarks 8")
     add("--seed", type=int, default=0, help="of sampling")
-    add("--no_tools", action="store_true", help="one turn, and no word of tools")
-    add("--encoder", help="model that scores the looks, or none; default: the frozen base model")
+    add("--no_score", action="store_true", help="no semantic scores: no second model is loaded")
     add("--films", type=int, default=4, help="film strips of the first questions")
     add("--out", default="runs/eval", help="folder for predictions and film strips")
     add("--resume", action="store_true", help="keep the predictions in --out, ask only the rest")

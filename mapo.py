@@ -196,8 +196,12 @@ def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: how scores become a return, and how far one batch may move the policy."""
+    """One row: how scores become a return, and how far one batch may move the policy.
+
+    The row of MAPO is the coupling on GSPO's ratio, with ten times GSPO's clip range. The paper
+    leaves base and credit open; docs/experiments.md says how they were chosen."""
     beta: float = 0.            # weight of the semantic score, eq. 2; composes with every row
+    credit: str = "trajectory"  # which turns the score pays; composes with every row, too
     std: bool = True            # divide by the group's standard deviation, eq. 3
     ratio: str = "token"        # of each token, or "sequence": the mean over the trajectory
     mean: str = "trajectory"    # every trajectory weighs the same, or "token": every token does
@@ -209,7 +213,7 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "mapo": Algorithm(beta=.4),
+    "mapo": Algorithm(beta=.4, credit="aim", ratio="sequence", clip_low=3e-3, clip_high=4e-3),
     "grpo": Algorithm(),                                                 # arXiv 2402.03300
     "dr_grpo": Algorithm(std=False, mean="token"),                       # arXiv 2503.20783
     "dapo": Algorithm(mean="token", clip_high=.28, max_draws=10, overlong=.2),     # 2503.14476
@@ -240,7 +244,8 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
 
 
 def demonstrate() -> None:
-    """Five stories of one question, and what each row of the table makes of them."""
+    """Five stories of one question, and what each row of the table makes of them, all with credit
+    by trajectory: one number a story."""
     stories = ["looked well, right", "looked well, misread", "looked badly, lucky",
                "looked badly, wrong", "never looked, lucky"]
     r = torch.tensor([1., 0, 1, 0, 1])

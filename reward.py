@@ -16,11 +16,10 @@ judges them.
 
 MAPO (arXiv 2604.06777) names the alignment of a description with what the tool returned; eq. 8 to
 10 are our reading of it. The encoder of tiny/ was *trained* for this comparison, with CLIP's own
-loss on the objects of its world (tiny/build.py). How well a real Qwen scores is not measured.
+loss on the objects of its world (docs/build.py). How well a real Qwen scores is not measured.
 
-Run it:  python reward.py       # labels x crops of one image, and how well s tells right from wrong
+Run it:  python reward.py       # the scores of labels x crops of one image
 """
-import argparse
 import re
 from typing import Callable
 
@@ -69,23 +68,19 @@ class Scorer:
             image = question.open()
             for _ in range(2):
                 crops.append(random_crop(policy, image, rng))
-        self.references = policy.embed(policy.encode_images(crops))                  # (K, D)
+        self.references = policy.embed(policy.encode_images(crops))     # (K, D)
 
     def __call__(self, labels: list[str], crops: list[Tokens]) -> Tensor:
         """Semantic scores (N,) in [0, 1] of N pairs of a label and a crop."""
+        text = self.embed_labels(labels)                        # (N, D)
         shown, which = distinct(crops)                          # many looks share a crop
-        text, image = self.embed_labels(labels), self.policy.embed(shown)[which]     # (N, D)
-        return self.squash((text * image).sum(-1, keepdim=True), text)[:, 0]
-
-    def matrix(self, labels: list[str], crops: list[Tokens]) -> Tensor:
-        """Every label against every crop -> (labels, crops)."""
-        text = self.embed_labels(labels)
-        return self.squash(text @ self.policy.embed(crops).T, text)
+        image = self.policy.embed(shown)[which]                 # (N, D)
+        return self.squash((text * image).sum(-1), text)
 
     def squash(self, cosine: Tensor, text: Tensor) -> Tensor:
-        """Eq. 9 and 10: cosines (N, M) of N labels, embedded as text (N, D) -> scores (N, M)."""
-        reference = text @ self.references.T                                         # (N, K)
-        mean, std = reference.mean(1, keepdim=True), reference.std(1, keepdim=True)
+        """Eq. 9 and 10: cosines (N,) of N labels, embedded as text (N, D) -> scores (N,)."""
+        reference = text @ self.references.T                    # (N, K)
+        mean, std = reference.mean(1), reference.std(1)
         contrast = (cosine - mean) / (std + 1e-4)
         return torch.sigmoid(SHARPNESS * (contrast - THRESHOLD))
 
@@ -189,57 +184,26 @@ def measure(trajectories: list[Trajectory],
     return means
 
 
-def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
-    """P(a positive scores higher than a negative), ties half."""
-    ordered = np.sort(scores)
-    below, up_to = (np.searchsorted(ordered, scores, side) for side in ("left", "right"))
-    ranks = (below + up_to + 1) / 2                       # from 1; of ties the mean
-    p, n = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
-
-
-def show_matrix(scorer: Scorer, question: Question) -> None:
+def demonstrate() -> None:
     """The scores of labels x crops of one image."""
+    scorer = Scorer(Policy("tiny"))
+    question = world_questions(World(coarse=0), 0, "test", 4, 1)[0]
     image, policy = question.open(), scorer.policy
-    names = list(question.objects)
     crops = []
     for plate in question.objects.values():
-        box = [v / 8 for v in plate]                     # the overview is 8 times smaller
-        crops.append(crop_at(policy, image, (box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4)))
+        x1, y1, x2, y2 = (v / 8 for v in plate)          # the overview is 8 times smaller
+        crops.append(crop_at(policy, image, (x1 - 4, y1 - 4, x2 + 4, y2 + 4)))
     crops.append(fit(image, policy.resolution.crop()))
-    labels = [f"the {name}" for name in names] + ["the white cat", "a nice pattern"]
+    crops = policy.encode_images(crops)
     print("semantic score, labels x crops (the last crop is the whole image)\n")
-    colours, shapes = zip(*(name.split() for name in names))
-    print(" " * 22 + "".join(f"{colour[:6]:>8}" for colour in colours) + "   whole")
-    print(" " * 22 + "".join(f"{shape[:6]:>8}" for shape in shapes))
-    for label, row in zip(labels, scorer.matrix(labels, policy.encode_images(crops))):
-        print(f"{label:22}" + "".join(f"{value:8.2f}" for value in row))
-
-
-def show_separation(scorer: Scorer) -> None:
-    """How well the score tells crops that hold the labelled object from crops that do not."""
-    policy, labels, crops, truth = scorer.policy, [], [], []
-    for question in world_questions(World(coarse=0), 0, "test", 0, 200):
-        image = question.open()
-        plates = list(question.objects.items())[:3]
-        for (name, plate), shift in zip(plates, (0, 24, 10)):     # well, one cell off, half off
-            box = [plate[0] / 8 - 4 + shift, plate[1] / 8 - 4,
-                   plate[2] / 8 + 4 + shift, plate[3] / 8 + 4]
-            if box[2] <= 96:
-                labels.append(f"the {name}")
-                crops.append(crop_at(policy, image, box))
-                truth.append(holds([8 * v for v in box], plate))
-    scores, truth = scorer(labels, policy.encode_images(crops)).numpy(), np.array(truth)
-    print(f"\n{len(labels)} looks, aimed well, one cell off, or half off (harder than what the "
-          "agent does: docs/score.md): mean score "
-          f"{scores[truth].mean():.2f} where the crop holds the labelled object, "
-          f"{scores[~truth].mean():.2f} where not; AUC {area_under_curve(scores, truth):.3f}")
+    names = [name.split() for name in question.objects]
+    print(" " * 22 + "".join(f"{colour[:6]:>8}" for colour, _ in names) + "   whole")
+    print(" " * 22 + "".join(f"{shape[:6]:>8}" for _, shape in names))
+    for label in [*question.objects, "the white cat", "a nice pattern"]:
+        scores = scorer([label] * len(crops), crops).tolist()
+        print(f"{label:22}" + "".join(f"{score:8.2f}" for score in scores))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description="Score labels against crops.")
-    parser.add_argument("--model", default="tiny")
-    scorer = Scorer(Policy(parser.parse_args().model))
-    show_matrix(scorer, world_questions(World(coarse=0), 0, "test", 4, 1)[0])
-    show_separation(scorer)
+    demonstrate()

@@ -130,8 +130,7 @@ def write(policy: Policy, trajectory: Trajectory, ids: list[int], logps: list[fl
 
 def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image | None, last: bool
         ) -> None:
-    """Carry out what the turn asks for, or end the trajectory. image: the original; None: open
-    it."""
+    """Carry out what the turn asks for, or end the trajectory. image: the original, or None."""
     try:
         action = parse(turn.text, trajectory.space)
         if isinstance(action, Answer):
@@ -144,8 +143,10 @@ def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image |
             turn.call = action
     except ToolError as error:
         turn.error, turn.message = error.kind, str(error)
-        if error.final or last:
-            trajectory.end = error.kind if error.final else "max_turns"
+        if error.final:
+            trajectory.end = error.kind
+        elif last:
+            trajectory.end = "max_turns"
 
 
 def see(policy: Policy, trajectories: list[Trajectory], active: list[int], group: int) -> None:

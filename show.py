@@ -15,20 +15,22 @@ Run it:  python show.py                               # one trajectory of tiny/ 
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lib import benchmarks, page
+from lib.checkpoint import newest
 from lib.data import DataError, Question
-from lib.page import SIDE, draw_box, enlarge, stack
-from lib.policy import Policy
-from lib.views import SHORT, read_run, read_settings, tell, text
-from rollout import Trajectory, collect
+from lib.policy import Policy, Tokens
+from rollout import Trajectory, Turn, collect
 from tiny.world import World, world_question
+from tools import Call
 
-FRAME = 2 * SIDE + 24         # width of a film strip's frame: the overview, the crop, and space
+SIDE = 192                    # longer side of a picture in a film strip, in pixels
+FRAME = 2 * SIDE + 24         # width of a frame: the overview, the crop, and space
 
 
 # ---- one trajectory ------------------------------------------------------------------------------
@@ -63,6 +65,33 @@ def film_strip(trajectory: Trajectory, title: str = "") -> Image.Image:
     return strip
 
 
+def enlarge(image: Image.Image) -> Image.Image:
+    """The longer side becomes SIDE pixels. Nothing is smoothed: one sees how coarse it is."""
+    scale = SIDE / max(image.size)
+    size = [max(round(side * scale), 1) for side in image.size]
+    return image.resize(size, Image.NEAREST)
+
+
+def draw_box(pen: ImageDraw.ImageDraw, box: tuple, scale: tuple, corner: tuple) -> None:
+    """A box in pixels of the original, on a picture that is scale (x, y) times as large and has its
+    upper left corner at `corner`. White within black shows on any ground."""
+    x1, x2 = (corner[0] + x * scale[0] for x in (box[0], box[2]))
+    y1, y2 = (corner[1] + y * scale[1] for y in (box[1], box[3]))
+    pen.rectangle((x1, y1, x2, y2), outline="white")
+    pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black")
+
+
+def stack(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures, one below the other."""
+    width = max(picture.width for picture in pictures)
+    whole = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
 def transcript(policy: Policy, trajectory: Trajectory) -> str:
     """The whole trajectory as text, images as [image height x width], in placeholders."""
     text = policy.decode(trajectory.tokens.ids)
@@ -71,52 +100,160 @@ def transcript(policy: Policy, trajectory: Trajectory) -> str:
     return text
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+# ---- the page of runs ----------------------------------------------------------------------------
 
 def write_page(folders: list[str | Path]) -> Path:
     """One page of the runs, in the first one's folder. train.py calls this while it runs."""
-    folders, runs, pictures = [Path(folder) for folder in folders], [], []
+    folders, runs, pictures = [Path(folder) for folder in folders], [], {}
+    names = {folder.resolve().name for folder in folders}
     for folder in folders:
-        run = read_run(folder, len(folders))
-        for views in (run["watched"], run["trajectories"]):
-            page.add_pictures(views, find_questions(views, folder), pictures)
-        if len({path.resolve().name for path in folders}) < len(folders):
-            run["name"] = text(str(folder), SHORT)
+        run = page.read_run(folder, len(folders))
+        if len(names) < len(folders):                  # two runs of one name are told apart
+            run["name"] = page.text(folder)
+        for part in ("watched", "trajectories"):
+            views = [page.view(saved) for saved in run[part]]
+            questions = find_questions(run[part], folder, held_out=part == "watched")
+            for view, saved in zip(views, run[part]):
+                if view["id"] in questions:
+                    page.add_pictures(view, saved, questions[view["id"]], pictures)
+            run[part] = views
         runs.append(run)
     file = folders[0] / "page.html"
     page.write(runs, pictures, file)
     return file
 
 
+def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str, Question]:
+    """The questions of saved trajectories by id: from the run's files, or drawn again by the
+    world. Those that are gone, or have another text now, are left out."""
+    settings = page.read_settings(folder)
+    file = (held_out and settings.get("test")) or settings.get("data")
+    texts = {page.text(line.get("id")): line.get("question") for line in lines}
+    try:
+        if file and texts:
+            questions = benchmarks.load(file, [])[1]
+        else:
+            questions = draw_again(texts, World(options=settings.get("options", 4)))
+        return {question.id: question for question in questions
+                if question.id in texts and question.text == texts[question.id]}
+    except (DataError, OSError, TypeError, ValueError) as error:
+        print(f"{folder}: no pictures: {str(error)[:200]}", file=sys.stderr)
+        return {}
+
+
+def draw_again(names: Iterable[str], world: World) -> Iterator[Question]:
+    """The world's questions of these ids, such as "test-0-7": split, seed, index."""
+    for name in names:
+        if match := re.fullmatch(r"(train|test)-(\d{1,9})-(\d{1,15})", name):
+            yield world_question(world, int(match[2]), match[1], int(match[3]))
+
+
+# ---- watch it learn ------------------------------------------------------------------------------
+
 def write_animation(folder: Path) -> Path:
-    """The watched questions of a run as a GIF, in its folder."""
-    watched, file = read_run(folder)["watched"], folder / "watch.gif"
-    if not watched:
+    """The film strips of three watched questions, one below the other, as a GIF: a frame for each
+    step. They are one of each category, as far as there are three."""
+    watched = page.read_run(folder)["watched"]
+    questions = find_questions(watched, folder, held_out=True)
+    first, steps = {}, {}
+    for saved in watched:
+        if saved["id"] in questions:
+            first.setdefault(saved["category"], saved["id"])
+            steps.setdefault(saved["step"], {})[saved["id"]] = saved
+    if not steps:
         raise FileNotFoundError(f"{folder}: expected watched.jsonl of a run of train.py")
-    page.animate(watched, find_questions(watched, folder), file)
+    chosen = list(dict.fromkeys([*first.values(), *questions]))[:3]
+    frames = []
+    for step, asked in steps.items():
+        films = [replay(asked[name], questions[name]) for name in chosen if name in asked]
+        frames.append(stack([film_strip(film, f"step {step}: ") for film in films]))
+    file = folder / "watch.gif"
+    write_gif(frames, file)
     return file
 
 
-def find_questions(views: list[dict], folder: Path) -> dict[str, Question]:
-    """The views' questions by id: from the run's files, or drawn again by the world. Those that are
-    not there any more are left out."""
-    settings, found = read_settings(folder), {}
-    if not views:
-        return found
-    held_out = views[0]["source"] == "held out"
-    file = (held_out and settings.get("test")) or settings.get("data")
-    wanted = {view["id"] for view in views}
-    try:
-        if file:
-            every = benchmarks.load(file, [])[1]
-            return {question.id: question for question in every if question.id in wanted}
-        world = World(options=settings.get("options", 4))
-        for name in wanted:
-            if match := re.fullmatch(r"(train|test)-(\d{1,9})-(\d{1,15})", name):
-                found[name] = world_question(world, int(match[2]), match[1], int(match[3]))
-    except (DataError, OSError, TypeError, ValueError) as error:
-        print(f"{folder}: no pictures: {str(error)[:200]}", file=sys.stderr)
-    return found
+def write_gif(frames: list[Image.Image], file: Path) -> None:
+    """Pictures of one height as an animation."""
+    film = stack(frames).quantize(256)                 # one palette for all: no colour flickers
+    height = frames[0].height
+    frames = [film.crop((0, top, film.width, top + height))
+              for top in range(0, film.height, height)]
+    times = [900] * (len(frames) - 1) + [3000]         # milliseconds
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def replay(saved: dict, question: Question) -> Trajectory:
+    """A saved trajectory, its looks carried out again; without tokens."""
+    image, turns = question.open(), []
+    for turn in saved["turns"]:
+        if turn["tool"]:
+            call = Call(turn["tool"], turn["label"], turn["arguments"])
+            crop, box = page.look_again(image, turn, saved["space"])
+            crop = page.coarse(crop, turn["crop"], SIDE)
+            turns.append(Turn(turn["text"], slice(0, 0), call, box, crop, score=turn["score"]))
+    return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
+                      turns, saved["answer"], saved["end"])
+
+
+# ---- runs as text --------------------------------------------------------------------------------
+
+def tell(folder: Path, step: int) -> str:
+    """The trajectories of a step. Raises FileNotFoundError if there are none."""
+    parts, steps = [], set()
+    for name in ("trajectories", "watched"):
+        for saved in map(page.parse, page.raw_lines([folder / f"{name}.jsonl"])):
+            view = page.view(saved)
+            steps.add(view["step"])
+            if view["step"] == step:
+                parts.append(f"{name}, {view['id']}, {view['category']}\n{tell_one(view)}")
+    if not parts:
+        known = sorted(steps - {None})
+        found = f"steps {known[0]} to {known[-1]}" if known else "no trajectories.jsonl"
+        raise FileNotFoundError(f"{folder}: expected trajectories of step {step}; found {found}")
+    return "\n\n".join(parts)
+
+
+def tell_one(view: dict) -> str:
+    options = "  ".join(f"({chr(65 + i)}) {choice}" for i, choice in enumerate(view["choices"]))
+    lines = [f"{view['question']}  {options}".rstrip()]
+    for i, turn in enumerate(view["turns"], 1):
+        paid = "" if turn["advantage"] is None else f", advantage {turn['advantage']:+.2f}"
+        lines.append(f"  turn {i}{paid}: {turn['text']}")
+        if turn["look"]:
+            score = "" if turn["score"] is None else f", score {turn['score']:.2f}"
+            gap = "; the crop does not hold it" if turn["astray"] else ""
+            lines.append(f"    -> crop of “{turn['label']}”{score}{gap}")
+        if turn["error"]:
+            lines.append(f"    -> {turn['error']}: {turn['message']}")
+    luck = ", by luck: evidence was not shown, or not close enough to read" if view["lucky"] else ""
+    verdict = f"right{luck}" if view["correct"] else f"wrong, right is {view['right']}"
+    return "\n".join([*lines, f"  answer: {view['answer'] or view['end']}: {verdict}"])
+
+
+def closing(folder: Path) -> str:
+    """A finished run in a few lines: what training changed, and where things lie."""
+    rows = [row for row in page.read_results(folder) if row["category"] == "all"]
+    found = {(row["when"], row["how"]): row for row in rows}
+    lines = [f"\n{folder}"]
+    if rows:
+        lines.append(f"  {rows[0]['n']:.0f} held-out questions".ljust(26) + f"{'greedy':28}sampled")
+        for name in ("accuracy", "hit", "gap", "calls", "semantic"):
+            greedy, sampled = (change(found, how, name) for how in ("greedy", "sampled"))
+            lines.append(f"    {name:22}{greedy:28}{sampled}")
+    places = {"look at it": "page.html", "films before, after": "films.png",
+              "the model": newest(folder).name, "the numbers": "metrics.jsonl"}
+    for what, name in places.items():
+        if (folder / name).exists():
+            lines.append(f"  {what:24}{folder / name}")
+    return "\n".join(lines)
+
+
+def change(found: dict, how: str, name: str) -> str:
+    """Before -> after, and the difference; "-" where nothing is known."""
+    before, after = (found.get((when, how), {}).get(name) for when in ("before", "after"))
+    if before is None or after is None:
+        return "-"
+    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -126,8 +263,7 @@ def show_one(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     policy = Policy(args.model)
     question = world_question(World(), seed=0, split="test", index=args.index)
-    generator = torch.Generator().manual_seed(0)
-    t = collect(policy, [question], temperature=args.temperature, generator=generator)[0]
+    t = collect(policy, [question], temperature=0.)[0]
     print(transcript(policy, t))
     print(f"\n{len(t.mask)} tokens, {sum(t.mask)} of them the agent's; ended by {t.end}; "
           f"answer {t.answer!r}, right answer {question.answer!r}")
@@ -144,7 +280,6 @@ def main() -> None:
     parser.add_argument("--gif", action="store_true", help="an animation of the first run instead")
     parser.add_argument("--model", default="tiny", help="without runs: a model directory")
     parser.add_argument("--index", type=int, default=0, help="of the held-out question")
-    parser.add_argument("--temperature", type=float, default=0., help="0 is greedy")
     args = parser.parse_args()
     if not args.runs:
         if args.text or args.gif:
@@ -153,8 +288,10 @@ def main() -> None:
     try:
         if args.text:
             print(tell(args.runs[0], args.step))
+        elif args.gif:
+            print(write_animation(args.runs[0]))
         else:
-            print(write_animation(args.runs[0]) if args.gif else write_page(args.runs))
+            print(write_page(args.runs))
     except OSError as error:
         sys.exit(f"show.py: {error}")
 

@@ -17,7 +17,6 @@ Run it:  python tools.py            # good and bad calls, and what the agent get
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Callable
 
 from PIL import Image
@@ -38,11 +37,6 @@ class Call:
     tool: str
     label: str                  # cleaned: one line, no control characters
     arguments: dict             # the tool's other arguments, as its `check` returned them
-    dropped: int = 0            # earlier calls of the same turn, which were ignored
-
-    @property
-    def bbox(self) -> tuple[float, float, float, float] | None:
-        return self.arguments.get("bbox_2d")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def parse(text: str, space: tuple[int, int]) -> Call | Answer:
             raise ToolError("empty_answer", message, final=True)
         return Answer(answer[:MAX_ANSWER_CHARS])
     if calls:
-        return parse_call(calls[-1], space, dropped=len(calls) - 1)
+        return parse_call(calls[-1], space)
     for tag in ("tool_call", "answer"):
         if f"<{tag}>" in said:
             raise ToolError(f"unterminated_{tag}", f"<{tag}> was opened but </{tag}> is missing.")
@@ -89,13 +83,13 @@ def bodies(tag: str, text: str) -> list[str]:
     return [part.split(f"<{tag}>", 1)[1] for part in closed if f"<{tag}>" in part]
 
 
-def parse_call(body: str, space: tuple[int, int], dropped: int = 0) -> Call:
+def parse_call(body: str, space: tuple[int, int]) -> Call:
     """The JSON between the <tool_call> tags -> Call. Raises ToolError."""
     if len(body) > MAX_CALL_CHARS:
         raise ToolError("too_long", f"the tool call has {len(body)} characters; "
                                     f"at most {MAX_CALL_CHARS} are read.")
     try:
-        call = json.loads(body, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        call = json.loads(body, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):   # also integers of thousands of digits, and deep nesting
         arguments = '{"label": "...", "bbox_2d": [x1, y1, x2, y2]}'
         raise ToolError("bad_json", "the tool call is not one JSON object such as "
@@ -113,7 +107,7 @@ def parse_call(body: str, space: tuple[int, int], dropped: int = 0) -> Call:
         message = f"{len(unknown)} unknown argument(s); expected {expected}."
         raise ToolError("bad_arguments", message)
     label = check_label(arguments.get("label"))
-    return Call(name, label, tool.check(arguments, space), dropped)
+    return Call(name, label, tool.check(arguments, space))
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -122,13 +116,8 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def refuse_constant(name: str):
-    raise ToolError("not_finite", "bbox_2d must hold four finite numbers.")   # NaN, Infinity
-
-
 def check_label(label: object) -> str:
-    """The cleaned description. Refuses (ToolError) what is missing, empty, too long or vague, or
-    carries markup or invisible characters: lib/labels.py."""
+    """The cleaned description. Raises ToolError for what lib/labels.py finds fault with."""
     if not isinstance(label, str):
         message = '"label" is required: a text that says what you are looking for.'
         raise ToolError("no_label", message)
@@ -153,8 +142,8 @@ class Resolution:
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that the model will see, by Qwen's rule (`smart_resize`): the nearest
-        multiples; if they are out of bounds, the image is scaled to the bound, and its sides are
-        rounded down (too large) or up (too small). Raises ValueError beyond 200:1, as Qwen's."""
+        multiples of factor; if the area is out of bounds, the image is scaled to the bound, and its
+        sides are rounded down (too large) or up (too small). Raises ValueError beyond 200:1."""
         if max(width, height) > MAX_IMAGE_ASPECT * min(width, height):
             raise ValueError(f"expected an image of at most {MAX_IMAGE_ASPECT}:1, "
                              f"found {width} x {height}")
@@ -293,30 +282,22 @@ or finish with the letter or the text of your answer:
 
 
 def demonstrate() -> None:
-    """Good and bad turns about a picture with one red sign, and what the agent gets back."""
-    image = Image.new("RGB", (768, 768), (110, 120, 130))
-    image.paste((214, 46, 46), (500, 180, 580, 240))
-    resolution = Resolution(factor=24, min_pixels=48 * 48, max_pixels=14_000, resample=Image.BOX)
-    seen, folder = resolution.size(*image.size), Path("runs/tools")
-    folder.mkdir(parents=True, exist_ok=True)
-    fit(image, resolution).save(folder / "overview.png")
-    good = [60, 20, 76, 32]
-    print(f"image {image.size}, seen by the model as {seen}; the red sign stands at {good}\n")
-    turns = [zoom_call("the red sign", good), zoom_call("the object", good),
-             zoom_call("red sign", [50, 50, 10, 90]), zoom_call("red sign", [-9, 60, 400, 90]),
-             zoom_call("red sign", good)[:-12],
-             '<tool_call>__import__("os").system("ls")</tool_call>', "<answer>(B)</answer>"]
-    for text in turns:
+    """Good and bad turns about a picture of 768 x 768, and what the agent gets back."""
+    image = Image.new("RGB", (768, 768))
+    resolution = Resolution(factor=24, min_pixels=48 * 48, max_pixels=14_000)
+    seen, box = resolution.size(*image.size), [60, 20, 76, 32]
+    print(f"image {image.size}, seen by the model as {seen}\n")
+    for text in (zoom_call("the red sign", box), zoom_call("the object", box),
+                 zoom_call("red sign", [50, 50, 10, 90]), zoom_call("red sign", box)[:-12],
+                 '<tool_call>__import__("os").system("ls")</tool_call>', "<answer>(B)</answer>"):
         try:
             result = parse(text, seen)
         except ToolError as error:
             result = f"{error.kind}: {error}"
         print(f"{text}\n    -> {result}")
         if isinstance(result, Call):
-            crop, box = run_tool(image, result, seen, resolution)
-            file = folder / ("-".join(str(round(v)) for v in result.bbox) + ".png")
-            crop.save(file)
-            print(f"    -> {tuple(round(v) for v in box)} of the original at {crop.size}: {file}")
+            crop, cut = run_tool(image, result, seen, resolution)
+            print(f"    -> {cut} of the original, seen as {crop.size}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,9 @@ from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
 from lib.data import DataError, Question, check_pictures, listed, read_jsonl
 from lib.policy import Policy, not_finite
-from lib.views import closing
 from reward import Scorer, measure, rewards, score_looks
 from rollout import Trajectory, collect
-from show import film_strip, stack, write_page
+from show import closing, film_strip, stack, write_page
 from tiny.world import World, world_questions
 
 
@@ -68,10 +67,11 @@ class Config:
     algo: str = option("mapo", f"one of {', '.join(mapo.ALGORITHMS)}")
     beta: float = option(-1., "weight of the semantic score; default: the algorithm's")
     lam: float = option(.95, "discount of earlier looks in the trajectory's score")
-    credit: str = option("trajectory", f"which turns the score pays: {', '.join(mapo.CREDITS)}")
+    credit: str = option("", "which turns the score pays: trajectory, look or aim; default: the "
+                             "algorithm's")
     describe: str = option("before", "the words that are scored: before the look, or after it")
-    steps: int = option(50, "batches of trajectories")
-    questions: int = option(16, "questions a step")
+    steps: int = option(30, "batches of trajectories")
+    questions: int = option(8, "questions a step")
     group: int = option(8, "trajectories a question")
     updates: int = option(2, "optimiser steps on each batch of trajectories")
     max_turns: int = option(4, "turns a trajectory; the last cannot look")
@@ -95,6 +95,11 @@ class Config:
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
     quiet: bool = option(False, "print nothing before the closing summary but a collapse")
+
+    def __post_init__(self):
+        row = mapo.ALGORITHMS.get(self.algo, mapo.Algorithm())
+        self.beta = row.beta if self.beta == -1 else self.beta
+        self.credit = self.credit or row.credit
 
 
 # A resumed run may change these; they are no part of a run's default name either.
@@ -124,24 +129,21 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name in ("temperature", "lr", "critic_lr", "clip", "grad_clip"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name}: expected a number above 0, found {getattr(config, name)}")
-    if not (0 <= config.beta <= 1 or config.beta == -1) or not 0 < config.lam <= 1:
+    if not (0 <= config.beta <= 1 and 0 < config.lam <= 1):
         parser.error(f"expected --beta in [0, 1], --lam in (0, 1]; found {config.beta}, "
                      f"{config.lam}")
     if config.test and not config.data:
         parser.error("--test: needs --data, the questions to train on")
-    usual = mapo.ALGORITHMS[config.algo].beta
-    config.beta = -1. if config.beta == usual else config.beta      # no part of the run's name
     config.out = config.out or f"runs/{run_name(config)}"
-    config.beta = usual if config.beta == -1 else config.beta
     return config
 
 
 def run_name(config: Config) -> str:
-    """The algorithm, and each setting that differs from its default: gspo-beta0.4-seed3."""
-    parts = [config.algo]
+    """The algorithm, and each setting that differs from its usual one: gspo-beta0.4-seed3."""
+    parts, usual = [config.algo], Config(algo=config.algo)
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
-        if f.name not in FREE | {"algo"} and value != f.default:
+        if f.name not in FREE | {"algo"} and value != getattr(usual, f.name):
             if f.name == "model":
                 value = Path(value).name
             if f.name == "data":

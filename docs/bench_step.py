@@ -36,7 +36,7 @@ STEP = {"model": "tiny", "questions": 16, "group": 8, "max_turns": 4, "max_token
 
 def our_steps() -> None:
     """Our side: a step, with the semantic score, for each line on standard input."""
-    policy, row = Policy(STEP["model"]), mapo.ALGORITHMS["mapo"]
+    policy, row = Policy(STEP["model"]), mapo.ALGORITHMS["grpo"]
     scorer = Scorer(Policy(STEP["model"]))
     optimiser = ShardedAdamW(policy.freeze_vision())
     generator, first = torch.Generator().manual_seed(0), 0

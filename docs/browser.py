@@ -31,6 +31,7 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 WIDER = "return document.documentElement.scrollWidth - innerWidth"
 SMALLEST = """return Math.min(...[...document.querySelectorAll('section')]
                      .map(section => section.getBoundingClientRect().height))"""
+VALUES = "return [...document.querySelectorAll('.charts .bar')].map(bar => bar.innerText)"
 
 
 class Browser:
@@ -69,25 +70,22 @@ class Browser:
     def devtools(self, command: str, **parameters) -> dict:
         return self.post("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def open(self, file: Path, size: tuple[int, int], dark: bool = False, state: str = "") -> None:
+    def open(self, file: Path, size: tuple[int, int], dark: bool = False) -> None:
         self.devtools("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1],
                       deviceScaleFactor=1, mobile=size == PHONE)
         self.devtools("Emulation.setTouchEmulationEnabled", enabled=size == PHONE)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
         self.post("/url", {"url": "about:blank"})
-        self.post("/url", {"url": f"{file.resolve().as_uri()}#{state}"})
+        self.post("/url", {"url": file.resolve().as_uri()})
 
     def run(self, script: str):
         """The value that a script returns."""
         return self.post("/execute/sync", {"script": script, "args": []})
 
-    def click(self, words: str) -> None:
-        """Click the first button that begins with the words."""
-        found = self.run("return [...document.querySelectorAll('button')]"
-                         f".find(b => b.textContent.startsWith({json.dumps(words)}))")
-        assert found, f"no button {words!r}"
-        self.post(f"/element/{next(iter(found.values()))}/click")
+    def choose(self, menu: str, word: str) -> None:
+        option = self.run(f"return document.querySelector('#{menu} option[value=\"{word}\"]')")
+        self.post(f"/element/{next(iter(option.values()))}/click")
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -125,48 +123,35 @@ def check(browser: Browser, size: tuple[int, int], runs: int) -> None:
     """Click through a page: every part is there, nothing is wider than the screen."""
     assert browser.run(WIDER) <= 0, f"wider than {size[0]} by {browser.run(WIDER)}"
     assert browser.run(SMALLEST) > 30 and browser.run("return STORIES.length") > 0
-    assert browser.run("return document.querySelectorAll('.chart').length") == 8
-    position = "return String(state.at || 0)"
-    browser.press("ArrowRight")
-    assert browser.run(position) == "1"
-    browser.press("ArrowLeft")
-    assert browser.run(position) == "0"
-    browser.run("document.querySelector('#stories .bar').scrollIntoView()")
+    assert browser.run("return document.querySelectorAll('.charts svg').length") == 8
+    browser.run("document.querySelector('#count').scrollIntoView()")
     arrow = "return document.querySelector('[aria-label=next]').getBoundingClientRect().top"
     tops = []
-    for _ in range(40):                                  # the arrow stays under the pointer
+    for i in range(40):                                  # the arrow stays under the pointer
         tops.append(browser.run(arrow))
+        assert browser.run("return at") == i % browser.run("return STORIES.length")
         browser.press("ArrowRight")
     assert max(tops) - min(tops) < 1, tops
+    kinds = browser.run("return [...document.querySelectorAll('#show option')].map(o => o.value)")
+    for name in kinds[1:]:
+        browser.choose("show", name)
+        count = f"return STORIES.filter(story => kinds(story).includes('{name}')).length"
+        assert browser.run("return count.innerText") == f"1 of {browser.run(count)}"
+    browser.choose("show", "all")
     last = browser.run("const strip = document.querySelector('.strip');"
                        "const edge = element => element.getBoundingClientRect().right;"
                        "return edge(strip.lastChild) - edge(strip)")
     assert last <= 1, "the last step is outside the strip"
-    for name in browser.run("return FILTERS.map(([name]) => name)"):
-        browser.click(name)
-        shown = browser.run("return document.querySelector('#stories').innerText")
-        count = f"return STORIES.filter(FILTERS.find(f => f[0] === '{name}')[1]).length"
-        wanted = browser.run(count)
-        assert (f" of {wanted}" if wanted else "none") in shown, (name, wanted)
-    browser.click("all")
-    browser.press("]")                                   # the next watched question
-    assert browser.run("return state.watch === watched()[1].id")
     cards = browser.run("return document.querySelectorAll('.strip .card').length")
     assert cards >= runs
-    assert browser.run("return document.querySelectorAll('.strip image').length") == cards
-    browser.press("e")                                   # the evidence is drawn, dashed
-    assert browser.run("return document.querySelectorAll('rect[stroke-dasharray]').length") > 0
-    browser.press("e")
-    chart = browser.run("const chart = document.querySelector('.chart > svg');"
+    assert browser.run("return document.querySelectorAll('.strip .overview').length") == cards
+    chart = browser.run("const chart = document.querySelector('.charts svg');"
                         "chart.scrollIntoView({block: 'center'});"
                         "const box = chart.getBoundingClientRect();"
                         "return [box.left + box.width / 2, box.top + box.height / 2]")
+    before = browser.run(VALUES)
     browser.point(*chart, touch=size == PHONE)
-    titles = browser.run("return [...document.querySelectorAll('.chart h3')].map(t => t.innerText)")
-    assert all("step" in title for title in titles), titles
-    where = browser.run("return location.href")
-    browser.press("f")
-    assert browser.run("return location.href") != where  # a reload keeps what was chosen
+    assert all(old != new for old, new in zip(before, browser.run(VALUES), strict=True))
 
 
 def attack(browser: Browser, folder: Path) -> None:
@@ -188,9 +173,9 @@ def attack(browser: Browser, folder: Path) -> None:
 
 
 def take_picture(browser: Browser, page: Path, file: Path, width: int, sections: tuple[str, str],
-                 scale: int = 1, state: str = "") -> None:
+                 scale: int = 1) -> None:
     """Sections of a page that is `width` pixels wide, in few colours: a small file for docs/."""
-    browser.open(page, (width, 900), state=state)
+    browser.open(page, (width, 900))
     browser.photograph(file, sections, scale)
     Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
@@ -214,8 +199,7 @@ def main() -> None:
             browser.open(page, size, dark)
             browser.photograph(out / f"{name}.png")
         if args.picture:
-            take_picture(browser, page, ROOT / "docs/page.png", 1100, ("watch", "stories"),
-                         state="order=changed&at=1")      # the most changed question; a trajectory
+            take_picture(browser, page, ROOT / "docs/page.png", 1100, ("watched", "stories"))
         assert not browser.complaints()
         print(f"{page}: {page.stat().st_size:,} bytes; screenshots in {out}")
 

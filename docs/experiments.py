@@ -1,12 +1,13 @@
 """The experiments: what coupling, credit and luck change, from one start and on the same questions.
 
 Every run is `python train.py` with the options that `parts` lists; docs/record.py trains them, and
-docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code: the newest
-pair that has all rows and seeds of a part. On the page it stands below a line
-`<!-- part: columns -->` (end, speed, sources, or seeds). The text around them is written by hand.
+docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
+seeds that all its rows have, so a series may be stopped at any time and goes on where it was. On
+the page a table stands below a line `<!-- part: columns -->` (end, speed, sources, or seeds). The
+text around them is written by hand.
 
 Run it:  python docs/experiments.py                       # draws the tables of docs/experiments.md
-         python docs/experiments.py --run table default   # first trains what these parts lack
+         python docs/experiments.py --run table           # first trains what this part lacks
 """
 import argparse
 import math
@@ -53,8 +54,10 @@ class Part:
 
 BASES = {"gspo": "--algo gspo --clip 10", "grpo": "--algo grpo", "dapo": "--algo dapo"}
 PPO = "--algo ppo --clip 0.5 --critic_lr 3e-3"
-CANDIDATE = "gspo + beta 0.4, aim"
-SMALL = " --questions 8 --steps 30 --eval_questions "
+MAPO = "--algo gspo --clip 10 --beta 0.4 --credit aim"      # what the row of --algo mapo says
+SMALL = " --questions 8 --steps 30 --eval_questions "       # train.py's default size
+LARGE = " --questions 16 --steps 50 --eval_questions 1000"
+FEWEST = 3                                                  # seeds of a table
 
 
 def coupled(beta: str, credit: str) -> dict[str, str]:
@@ -71,21 +74,17 @@ def part(seeds: range, rows: dict[str, str], size: str, first: str = "",
 
 
 def parts() -> dict[str, Part]:
-    aim = coupled("0.4", "aim")
-    effects = {f"{base}: coupled - not": [pair] for base, pair in zip(BASES, zip(aim, BASES))}
-    effects["the three pooled"] = list(zip(aim, BASES))
-    compared = aim | BASES | {"dr_grpo": "--algo dr_grpo", "ppo": PPO}
-    at_default = {CANDIDATE: aim[CANDIDATE], "gspo": BASES["gspo"], "grpo": BASES["grpo"]}
-    five = {"mapo": "--algo mapo", "grpo": BASES["grpo"], "dapo": BASES["dapo"],
-            "gspo, tuned": BASES["gspo"], "ppo, tuned": PPO}
-    two_defaults = {"mapo, default": "--algo mapo", "grpo, default": "--algo grpo"}
-    by_look = {"mapo": "--algo mapo", "mapo, credit look": "--algo mapo --credit look"}
-    return {"table": part(range(200, 216), compared, f"{SMALL}1000", CANDIDATE, effects),
-            "default": part(range(200, 205), at_default, " --eval_questions 1000", CANDIDATE),
+    compared = {"mapo": MAPO} | BASES | {"dr_grpo": "--algo dr_grpo", "ppo": PPO}
+    with_score = {f"{base} + S": f"{options} --beta 0.4 --credit aim"
+                  for base, options in BASES.items()}
+    pairs = [(f"{base} + S", base) for base in BASES]
+    effects = {f"{base}: with S - without": [pair] for pair, base in zip(pairs, BASES)}
+    effects["the three pooled"] = pairs
+    larger = {"mapo": MAPO, "gspo": BASES["gspo"], "grpo": BASES["grpo"]}
+    return {"table": part(range(200, 216), compared, f"{SMALL}1000", "mapo"),
+            "coupling": part(range(200, 216), with_score | BASES, f"{SMALL}1000", "", effects),
+            "longer": part(range(200, 205), larger, LARGE, "mapo"),
             "dev": development(),
-            "five": part(range(5), five, f"{SMALL}200", "mapo"),
-            "first_default": part(range(3), two_defaults, " --eval_questions 200", "mapo, default"),
-            "credit": part(range(8), by_look, f"{SMALL}200", "mapo"),
             "luck": luck()}
 
 
@@ -98,35 +97,40 @@ def development() -> Part:
         rows[row] = coupled(beta, "aim")[row]
     pooled = {f"{one} - {other}, three bases pooled": list(zip(credits[one], credits[other]))
               for one, other in (("aim", "trajectory"), ("aim", "look"), ("look", "trajectory"))}
-    return part(range(100, 108), rows, f"{SMALL}600 --eval_start 100000", CANDIDATE, pooled)
+    first = "gspo + beta 0.4, aim"
+    return part(range(100, 108), rows, f"{SMALL}600 --eval_start 100000", first, pooled)
 
 
 def luck() -> Part:
+    """The plainest coupling, credit by trajectory on GRPO, whose gradient eq. 15 speaks of."""
     rows, pairs = {}, {}
     for number in ("2", "4", "8", "0"):
         steps = " --steps 30" if number == "4" else f" --steps 20 --options {number}"
-        names = [f"{algo}, {number} options" for algo in ("mapo", "grpo")]
-        rows |= {name: f"--algo {name[:4]}{steps}" for name in names}
-        pairs[f"mapo - grpo, {number} options, paired"] = [tuple(names)]
+        names = f"grpo + S, {number} options", f"grpo, {number} options"
+        rows |= {names[0]: f"--algo grpo --beta 0.4{steps}", names[1]: f"--algo grpo{steps}"}
+        pairs[f"with S - without, {number} options, paired"] = [names]
     return part(range(3), rows, " --questions 8 --eval_questions 200", pooled=pairs)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 def chosen(name: str, runs: list[dict]) -> tuple[tuple[str, str], dict[str, dict[int, dict]]]:
-    """The newest (start, code) with all rows and seeds of a part, and row -> seed -> run: also
-    further seeds, if they are there. Nothing where no pair has all."""
-    wanted, found = parts()[name], {}
-    rows = {settings(options.split()): row for row, options in wanted.rows.items()}
+    """The (start, code) that has all rows of a part in the most seeds, the newer one of equals; and
+    row -> seed -> run of these seeds. Nothing with fewer than FEWEST seeds."""
+    part, found = parts()[name], {}
+    rows = {settings(options.split()): row for row, options in part.rows.items()}
     for run in runs:
-        if row := rows.get(settings(run["options"])):
-            group = found.pop(origin(run), {row: {} for row in wanted.rows})
+        row = rows.get(settings(run["options"]))
+        if row and run["seed"] in part.seeds:
+            group = found.setdefault(origin(run), {row: {} for row in part.rows})
             group[row][run["seed"]] = run
-            found[origin(run)] = group                  # so the newest pair is the last
-    for pair, group in reversed(found.items()):
-        if all(set(wanted.seeds) <= set(group[row]) for row in group):
-            return pair, group
-    return ("", ""), {}
+    best, most = (("", ""), {}), FEWEST
+    for pair, group in found.items():
+        seeds = sorted(set.intersection(*(set(of_seed) for of_seed in group.values())))
+        if len(seeds) >= most:
+            most = len(seeds)
+            best = pair, {row: {seed: group[row][seed] for seed in seeds} for row in group}
+    return best
 
 
 def value(run: dict, column: str | tuple[str, str, str]) -> float | None:
@@ -159,10 +163,9 @@ def mean_interval(values: list[float | None], digits: int = 3, bold: bool = Fals
 
 
 def differences(group: dict, pairs: list[tuple[str, str]], column: str | tuple) -> list[float]:
-    """One for each seed that all rows have: one row minus the other, the mean over the pairs."""
-    seeds = set.intersection(*(set(group[row]) for pair in pairs for row in pair))
+    """One for each seed: one row minus the other, the mean over the pairs."""
     found = []
-    for seed in sorted(seeds):
+    for seed in group[pairs[0][0]]:
         both = [(value(group[a][seed], column), value(group[b][seed], column)) for a, b in pairs]
         if not any(None in two for two in both):
             found.append(statistics.mean(one - other for one, other in both))
@@ -196,8 +199,7 @@ def by_seed(name: str, runs: list[dict]) -> list[str]:
     _, group = chosen(name, runs)
     lines = ["| looks at two objects | each seed |", "|---|---|"] if group else []
     for row, of_seed in group.items():
-        looks = [value(of_seed[seed], COLUMNS["end"]["looks at two objects"])
-                 for seed in sorted(of_seed)]
+        looks = [value(run, COLUMNS["end"]["looks at two objects"]) for run in of_seed.values()]
         lines.append(f"| {row} | {', '.join(f'{mean:.2f}' for mean in looks)} |")
     return lines
 

@@ -76,7 +76,7 @@ def made_up(count: int, generator: torch.Generator) -> list[Trajectory]:
 def step(folder: str, trajectories: int, micro_tokens: int, recompute: bool, out: str) -> None:
     """One rank's step. Writes its numbers to `out`-rank."""
     shard.setup(timeout=120)
-    policy, row = Policy(folder), mapo.ALGORITHMS["mapo"]
+    policy, row = Policy(folder), mapo.ALGORITHMS["grpo"]
     parameters = policy.freeze_vision()
     if recompute:
         policy.recompute_layers()

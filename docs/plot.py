@@ -12,7 +12,7 @@ from pathlib import Path
 
 from browser import Browser, take_picture
 from experiments import chosen
-from lib.views import CURVES, mean
+from lib.page import CURVES
 from record import read_runs
 from show import write_page
 
@@ -38,6 +38,11 @@ def means(runs: list[dict]) -> list[dict]:
         values = {name: mean([curve[name][i] for curve in curves]) for name in CURVES}
         lines.append({"step": i + 1, **values})
     return lines
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None
 
 
 def write_folder(row: str, runs: list[dict], above: Path) -> Path:

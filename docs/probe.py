@@ -46,8 +46,8 @@ from train import Config, token_advantages, signal_of
 
 ORACLE = "oracle, R = hit"
 SWEEP = ["grpo"] + [f"mapo, beta {beta:g}" for beta in BETAS[1:]]     # mapo at beta 0 is grpo
-ROWS = {name: ("mapo", beta, "trajectory") for name, beta in zip(SWEEP, BETAS)}
-ROWS |= {f"mapo, credit {credit}": ("mapo", .4, credit) for credit in ("look", "aim")}
+ROWS = {name: ("grpo", beta, "trajectory") for name, beta in zip(SWEEP, BETAS)}
+ROWS |= {f"mapo, credit {credit}": ("grpo", .4, credit) for credit in ("look", "aim")}
 ROWS |= {name: (name, 0., "trajectory") for name in ("dr_grpo", "dapo", "gspo")}
 ROWS |= {"ppo, critic 0": ("ppo", 0., "trajectory"), ORACLE: ("grpo", 0., "trajectory")}
 WIDTH, RESAMPLES, GROUP, TURNS = 8192, 400, Config.group, Config.max_turns

@@ -110,7 +110,7 @@ def turn_survives(turn: str) -> bool:
 def in_bounds(action: Call | Answer) -> bool:
     if isinstance(action, Answer):
         return 0 < len(action.text) <= MAX_ANSWER_CHARS
-    x1, y1, x2, y2 = action.bbox
+    x1, y1, x2, y2 = action.arguments["bbox_2d"]
     inside = 0 <= x1 and 0 <= y1 and x2 <= SEEN[0] and y2 <= SEEN[1]
     short, long = sorted((x2 - x1, y2 - y1))
     label = action.label.isprintable() and 0 < len(action.label) <= MAX_LABEL_CHARS
@@ -141,7 +141,7 @@ def good_files(folder: Path) -> list[Path]:
     """What is damaged: a .jsonl, a benchmark's .tsv, and a picture of each format. They belong
     together: pictures.jsonl names the pictures."""
     inside = base64.b64encode(picture("PNG")).decode()
-    own = {"image": inside, "question": "Which colour?", "answer": "red", "choices": ["red", "blé"],
+    own = {"image": "png", "question": "Which colour?", "answer": "red", "choices": ["red", "blé"],
            "category": "colour", "boxes": [[20, 10, 60, 50]], "objects": {"disc": [20, 10, 60, 50]}}
     row = {"index": "7", "image": inside, "question": '"Which\ncolour?"', "A": "red", "B": "blue",
            "answer": "A", "category": "direct_attributes"}

@@ -11,7 +11,7 @@ The looks are those that the agent of tiny/ samples about held-out questions. Ha
 choose the constants that fit best, the other half judges them.
 
 Run it:  python docs/score.py                              # 35 s: every table of docs/score.md
-         python docs/score.py --encoder runs/tiny-aim      # a stage of tiny/build.py, left there
+         python docs/score.py --encoder runs/tiny-aim      # a stage of docs/build.py, left there
 """
 import argparse
 import sys
@@ -23,8 +23,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from lib.data import holds
 from lib.policy import Policy
-from reward import SHARPNESS, THRESHOLD, Scorer, area_under_curve, astray
+from reward import SHARPNESS, THRESHOLD, Scorer, astray, crop_at
 from rollout import Turn, collect
 from tiny.world import World, world_questions
 
@@ -58,6 +59,15 @@ def measures(encoder: Policy, looks: list[Turn]) -> tuple[Tensor, Tensor]:
         cosines.append(cosine)
         contrasts.append((cosine - reference.mean(1)) / (reference.std(1) + 1e-4))
     return torch.cat(cosines), torch.cat(contrasts)
+
+
+def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
+    """P(a positive scores higher than a negative), ties half."""
+    ordered = np.sort(scores)
+    below, up_to = (np.searchsorted(ordered, scores, side) for side in ("left", "right"))
+    ranks = (below + up_to + 1) / 2                       # from 1; of ties the mean
+    p, n = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
 def brier(contrast: Tensor, truth: np.ndarray, sharpness: float, threshold: float) -> float:
@@ -101,6 +111,26 @@ def reliability(contrast: Tensor, truth: np.ndarray) -> None:
               f"| {truth[inside].mean():.2f} |")
 
 
+def near_misses(policy: Policy) -> None:
+    """Looks aimed well, one cell off, and half off: harder than what the agent does."""
+    labels, crops, truth = [], [], []
+    for question in world_questions(World(coarse=0), 0, "test", 0, 200):
+        image = question.open()
+        plates = list(question.objects.items())[:3]
+        for (name, plate), shift in zip(plates, (0, 24, 10)):     # well, one cell off, half off
+            x1, y1, x2, y2 = (v / 8 for v in plate)               # in pixels of the overview
+            box = x1 - 4 + shift, y1 - 4, x2 + 4 + shift, y2 + 4
+            if box[2] <= 96:
+                labels.append(name)
+                crops.append(crop_at(policy, image, box))
+                truth.append(holds([8 * v for v in box], plate))
+    truth = np.array(truth)
+    scores = Scorer(policy)(labels, policy.encode_images(crops)).numpy()
+    print(f"\n{len(labels)} looks, aimed well, one cell off, or half off: mean score "
+          f"{scores[truth].mean():.2f} where the crop holds the labelled object, "
+          f"{scores[~truth].mean():.2f} where not; AUC {area_under_curve(scores, truth):.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the semantic score.")
     parser.add_argument("--encoder", help="another model directory, to be compared")
@@ -129,6 +159,7 @@ def main() -> None:
           f"{brier(contrast[judged], truth[judged], SHARPNESS, THRESHOLD):.3f}, "
           f"always {truth[fit].mean():.2f}: "
           f"{((truth[judged] - truth[fit].mean()) ** 2).mean():.3f}")
+    near_misses(policy)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import torch
 
+import build
 import reward
 import train
 from experiments import mean_interval
 from lib import labels
 from lib.policy import Policy
-from tiny import build
 
 RUNS, RESULTS = ROOT / "runs/vague", ROOT / "docs/vague.jsonl"
 VAGUE, ARMS, SEEDS, STEPS = "the object", ("cosine", "contrast", "refused"), range(3), 40
@@ -85,7 +85,7 @@ def run(arm: str, seed: int) -> dict:
           patch.object(labels, "VAGUE", refused)):
         train.train(train.parse_config([
             "--model", str(RUNS / "start"), "--out", str(out), "--seed", str(seed),
-            "--questions", "8", "--steps", str(STEPS), "--eval_questions", "200"]))
+            "--algo", "grpo", "--beta", "0.4", "--steps", str(STEPS), "--eval_questions", "200"]))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     after = json.loads((out / "results.json").read_text())["after sampled"]
     line = {"arm": arm, "seed": seed, "after": {key: after[key] for key in ("hit", "accuracy")}}

@@ -38,8 +38,9 @@ def micro_batches(trajectories: list, rows: list[int], limit: int) -> list[list[
     for i in rows:
         prompt = id(trajectories[i].prompt)
         longest[prompt] = max(longest.get(prompt, 0), lengths[i])
+    ordered = sorted(rows, key=lambda i: (longest[id(trajectories[i].prompt)], i))
     batches, width = [], 0
-    for i in sorted(rows, key=lambda i: (longest[id(trajectories[i].prompt)], i)):
+    for i in ordered:
         width = max(width, lengths[i])
         if batches and (len(batches[-1]) + 1) * width <= limit:
             batches[-1].append(i)

@@ -4,10 +4,10 @@ What it teaches: a number is comparable only if the questions are read, asked an
 do. And a file of gigabytes needs no memory: a question keeps the place of its row in the file, and
 `open()` reads that one row again.
 
-    V*                  VStarBench.tsv, or test_questions.jsonl beside its folders of images
+    V*                  VStarBench.tsv
                         -> accuracy of each category, and of all rows
     HR-Bench            hr_bench_4k.tsv, hr_bench_8k.tsv: each question 4 times, options rotated
-                        -> accuracy of each cycle, and the mean over the cycles
+                        -> the same, as the mean over the four cycles
     MME-RealWorld-Lite  mme_realworld_lite.tsv, options (A) to (E)
                         -> accuracy of each task, of Perception, of Reasoning, and of all rows
 
@@ -18,10 +18,10 @@ Run it:  python -m lib.benchmarks FILE      # rows, categories, right answers, t
 """
 import argparse
 import ast
+import base64
 import csv
 import functools
-import hashlib
-import json
+import io
 import re
 from collections.abc import Iterator
 from itertools import chain, count
@@ -29,16 +29,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import BinaryIO
 
-from lib.data import (DataError, Question, choose, describe, expect, image_opener, is_text,
-                      listed, normalise, noted, parse_object, read_jsonl)
+from lib.data import (DataError, Question, choose, describe, expect, is_text, listed, normalise,
+                      noted, opener, read_jsonl)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ["index", "image", "question", "answer", "category"]
 MORE_COLUMNS = {"HR-Bench": ["A", "B", "cycle_category"],      # the first that a file has all of
                 "MME-RealWorld-Lite": ["multi-choice options", "l2-category"], "V*": ["A", "B"]}
-VSTAR_FIELDS = ("image", "text", "label", "category")   # of test_questions.jsonl
-MAX_ROW = 2**27     # bytes: a quote that is never closed must not swallow a file of gigabytes
-BOM = b"\xef\xbb\xbf"
+MAX_FIELD = 2**27   # letters: a quote that is never closed must not swallow a file of gigabytes
 
 
 # ---- files -> questions --------------------------------------------------------------------------
@@ -53,43 +51,44 @@ def load(path: str | Path, bad: list[DataError] | None = None) -> tuple[str, lis
         raise DataError(f"{path}: no such file; expected a benchmark's .tsv, or a .jsonl")
     with path.open("rb") as file:
         first = file.readline(2**20)
-    if b"\t" in first and not first.removeprefix(BOM).startswith(b"{"):
+    if b"\t" in first and b"{" not in first:       # names of columns, and no JSON
         return read_tsv(path, bad)
-    try:
-        is_vstar = {*VSTAR_FIELDS, "question_id"} <= set(json.loads(first))
-    except (ValueError, TypeError, RecursionError):
-        is_vstar = False   # read_jsonl says what is wrong
-    return ("V*", read_vstar(path, bad)) if is_vstar else ("", list(read_jsonl(path, bad)))
+    return "", list(read_jsonl(path, bad))
 
 
 def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Question]]:
     """One pass over the file, with one row in memory at a time."""
     questions, openers, borrowed = [], {}, []
     with path.open("rb") as file:
-        file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
         columns = [column.strip() for column in read_row(file, f"{path}:1")]
-        names = [name for name, more in MORE_COLUMNS.items() if {*COLUMNS, *more} <= {*columns}]
-        known = f"{COLUMNS} and those of one of {MORE_COLUMNS}"
-        expect(names, f"{path}:1", "columns", known, columns)
+        name = benchmark_with(columns, f"{path}:1")
         for where, offset, fields in read_rows(file):
             with noted(bad):
-                row, wide = dict(zip(columns, fields)), len(columns)
-                expect(len(fields) == wide, where, "columns", f"{wide}", len(fields))
-                question, image = tsv_question(names[0], row, where), row["image"].strip()
-                if len(image) <= 64 and image.isdigit():   # the index of the row with the image
+                expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
+                row = dict(zip(columns, fields))
+                question, image = tsv_question(name, row, where), row["image"].strip()
+                if len(image) <= 64:                       # the index of the row with the image
                     borrowed.append((question, image))
                 else:
                     column = columns.index("image")
-                    again = functools.partial(read_image_field, path, offset, column)
-                    question.open = image_opener(image, path.parent, where, again)
+                    source = functools.partial(read_image, path, offset, column)
+                    question.open = opener(source, where)
                     openers.setdefault(question.id, question.open)
                 questions.append(question)
     for question, index in borrowed:                       # that row may stand below
+        question.open = openers.get(index)
         with noted(bad):
-            found = index in openers
-            expect(found, question.where, "image", "base64, or the index of a row with one", index)
-            question.open = openers[index]
-    return names[0], [question for question in questions if question.open]
+            expect(question.open, question.where, "image", "base64, or the index of a row with it",
+                   index)
+    return name, [question for question in questions if question.open]
+
+
+def benchmark_with(columns: list[str], where: str) -> str:
+    """The name of the benchmark whose files have these columns."""
+    names = [name for name, more in MORE_COLUMNS.items() if {*COLUMNS, *more} <= {*columns}]
+    known = f"{COLUMNS} and those of one of {MORE_COLUMNS}"
+    expect(names, where, "columns", known, columns)
+    return names[0]
 
 
 def read_rows(file: BinaryIO) -> Iterator[tuple[str, int, list[str]]]:
@@ -109,33 +108,33 @@ def read_row(file: BinaryIO, where: str) -> list[str] | None:
 
     As pandas writes them: a field that holds a tab, a quote or a line break stands in quotes, and
     quotes inside are doubled. So a line without a quote is a row, and can be split at its tabs.
-    Else the csv module reads one row, over as many lines as it takes."""
-    csv.field_size_limit(MAX_ROW)                      # its own is shorter than most images
-    lines = lines_of_a_row(file)
+    Else the csv module, which takes ten times as long, reads as many lines as the row has."""
+    csv.field_size_limit(MAX_FIELD)                    # its own is shorter than most images
+    lines = lines_of(file)
     try:
         first = next(lines, None)
-        if first is None or '"' not in first:
-            return first and first.rstrip("\r\n").split("\t")
+        if first is None:
+            return None
+        if '"' not in first:
+            return first.rstrip("\r\n").split("\t")
         return next(csv.reader(chain([first], lines), delimiter="\t", strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{where}: expected tab-separated UTF-8 with every quote closed, "
                         f"found: {error}") from None
 
 
-def lines_of_a_row(file: BinaryIO) -> Iterator[str]:
-    """As many as the row takes, MAX_ROW bytes at most."""
-    left = MAX_ROW
-    while line := file.readline(left):
-        left -= len(line)
-        if not left:
-            raise csv.Error(f"no end within {MAX_ROW:,} bytes")
-        yield line.decode()
+def lines_of(file: BinaryIO) -> Iterator[str]:
+    """Without the byte-order mark of Windows. A line without an end comes in parts."""
+    while line := file.readline(MAX_FIELD + 1):
+        yield line.decode("utf-8-sig")
 
 
-def read_image_field(path: Path, offset: int, column: int) -> str:
+def read_image(path: Path, offset: int, column: int) -> io.BytesIO:
+    """The picture of the row at `offset`, in base64: a list of questions need not hold pictures."""
     with path.open("rb") as file:
         file.seek(offset)
-        return read_row(file, str(path))[column].strip()
+        text = read_row(file, str(path))[column]
+    return io.BytesIO(base64.b64decode(text.strip(), validate=True))
 
 
 def tsv_question(name: str, row: dict[str, str], where: str) -> Question:
@@ -152,64 +151,24 @@ def tsv_question(name: str, row: dict[str, str], where: str) -> Question:
         options = {letter: row[letter] for letter in "ABCDEFGH" if row.get(letter)}
     if name == "HR-Bench":
         meta["cycle_category"] = row["cycle_category"]
-    return Question(row["question"], right_letter(options, row["answer"], where, "answer"), None,
-                    tuple(options.values()), category, id=row["index"], meta=meta, where=where)
+    expect(len(options) >= 2, where, "options", "at least two options", list(options.values()))
+    letter = row["answer"].strip("(). ").upper()
+    expect(letter in options, where, "answer", f"one of {', '.join(options)}", row["answer"])
+    answer = LETTERS[list(options).index(letter)]      # its letter in the order of these options
+    return Question(row["question"], answer, None, tuple(options.values()), category,
+                    id=row["index"], meta=meta, where=where)
 
 
 def mme_options(text: str, where: str) -> dict[str, str]:
     """"['(A) red', .. '(E) ..']" -> {"A": "red", ..}."""
     try:
-        options = ast.literal_eval(text) if len(text) < 20_000 else None
+        options = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         options = None
     is_five = isinstance(options, list) and len(options) == 5 and all(map(is_text, options))
     expect(is_five, where, "multi-choice options", "a list of five texts '(A) ...'", text)
-    return {letter: re.sub(rf"^\s*\({letter}\)\s*", "", option).strip()
+    return {letter: option.strip().removeprefix(f"({letter})").strip()
             for letter, option in zip("ABCDE", options)}
-
-
-def right_letter(options: dict[str, str], answer: str, where: str, field: str) -> str:
-    """The right answer's letter in the file -> its letter in the order of these options."""
-    expect(len(options) >= 2, where, "options", "at least two options", list(options.values()))
-    letter = answer.strip("(). ").upper()
-    expect(letter in options, where, field, f"one of {', '.join(options)}", answer)
-    return LETTERS[list(options).index(letter)]
-
-
-def read_vstar(path: Path, bad: list[DataError] | None) -> list[Question]:
-    """V*'s test_questions.jsonl: {"image", "text": "question\\n(A) ..\\n(B) ..\\nAnswer with ..",
-    "label": "A", "category", "question_id"}."""
-    questions = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with noted(bad):
-                    questions.append(vstar_question(line, path.parent, f"{path}:{number}"))
-    return questions
-
-
-def vstar_question(line: bytes, folder: Path, where: str) -> Question:
-    """In this file the right option comes first, so the options are shuffled."""
-    record = parse_object(line, where, VSTAR_FIELDS)
-    number = record.get("question_id")
-    plain = isinstance(number, str | int) and is_text(str(number))
-    expect(plain, where, "question_id", "a number", number)
-    text, *parts = re.split(r"^\s*\(([A-Z])\)", record["text"], flags=re.MULTILINE)
-    letters, texts = "".join(parts[::2]), parts[1::2]
-    in_order = LETTERS.startswith(letters)
-    expect(in_order, where, "text", "lines '(A) ..', '(B) ..'", record["text"])
-    options = {}
-    for letter in shuffled(letters, str(number)):
-        options[letter] = texts[letters.index(letter)].strip().split("\n")[0].strip()
-    answer = right_letter(options, record["label"], where, "label")
-    return Question(text.strip(), answer, image_opener(record["image"].strip(), folder, where),
-                    tuple(options.values()), record["category"].strip(), id=str(number),
-                    meta={"benchmark": "V*"}, where=where)
-
-
-def shuffled(letters: str, key: str) -> list[str]:
-    """An order that depends on the question's id alone: the same in every run, on every machine."""
-    return sorted(letters, key=lambda letter: hashlib.sha256(f"0/{key}/{letter}".encode()).digest())
 
 
 # ---- answers -> right or wrong -------------------------------------------------------------------
@@ -283,46 +242,40 @@ def chosen_by_us(question: Question, answer: str | None) -> int | None:
     return None
 
 
-def correct(question: Question, answer: str | None, rule: str = "reference") -> bool:
-    """Is the answer to a benchmark's question right? The reference compares letters; "ours" takes
-    another option with the right one's text for right, too. Raises ValueError for other rules."""
+def correct(question: Question, answer: str | None, ours: bool = False) -> bool:
+    """Is the answer to a benchmark's question right? The reference compares letters. Our rule
+    takes another option with the right one's text for right, too."""
     right = LETTERS.index(question.answer)
-    if rule == "reference":
+    if not ours:
         return chosen(question, answer) == right
-    if rule == "ours":
-        option = chosen_by_us(question, answer)
-        return option is not None and question.choices[option] == question.choices[right]
-    raise ValueError(f"rule: expected reference or ours, found {rule!r}")
+    option = chosen_by_us(question, answer)
+    return option is not None and question.choices[option] == question.choices[right]
 
 
 # ---- right or wrong -> the benchmark's table -----------------------------------------------------
 
 def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, int, float]]:
     """The benchmark's own table from (question, right?): rows of label, accuracy, rows counted, and
-    how many independent questions these are: HR-Bench's four rotations are one question."""
-    groups, cycles = {}, {}
+    how many independent questions these are. HR-Bench asks each question in four cycles: its
+    accuracy is the mean over the cycles, and four rows are one question."""
+    groups = {}
     for question, right in results:
-        for place in places(question):
-            groups.setdefault(place, []).append(right)
+        cycle = question.meta.get("cycle_category", "")
+        for place in enumerate(labels(question)):      # so categories come first, and "all" last
+            groups.setdefault(place, {}).setdefault(cycle, []).append(right)
     rows = []
-    for (_, label, kind), part in sorted(groups.items()):
-        rows.append((label, fmean(part), len(part), len(part)))
-        if kind:
-            cycles.setdefault(kind, []).append(part)
-    for kind, parts in cycles.items():
-        mean, n = fmean(map(fmean, parts)), sum(map(len, parts))
-        rows.append((f"mean of cycles, {kind}", mean, n, n / len(parts)))
+    for (_, label), cycles in sorted(groups.items()):
+        n = sum(map(len, cycles.values()))
+        rows.append((label, fmean(map(fmean, cycles.values())), n, n / len(cycles)))
     return rows
 
 
-def places(question: Question) -> list[tuple[int, str, str]]:
-    """The rows in which a question counts: order, label; and what is averaged over the cycles."""
+def labels(question: Question) -> list[str]:
+    """The rows of the table in which a question counts."""
     category = question.category or "(none)"
-    if cycle := question.meta.get("cycle_category"):
-        return [(0, f"cycle {cycle}, {category}", category), (1, f"cycle {cycle}, all", "all")]
     if question.meta["benchmark"] == "MME-RealWorld-Lite":
-        return [(0, category, ""), (1, category.split("/")[0], ""), (2, "all", "")]
-    return [(0, category, ""), (2, "all", "")]
+        return [category, category.split("/")[0], "all"]
+    return [category, "all"]
 
 
 if __name__ == "__main__":

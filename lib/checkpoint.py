@@ -10,13 +10,12 @@ when it is complete and on the disk; only then does the older one go. What a run
 *bit for bit*: the weights in float32 (the optimiser's masters), Adam's moments, and the state of
 every random stream. A folder belongs to one process at a time (`lock`).
 
-Run it:  python -m lib.checkpoint runs/mapo        # what a run's folder holds
+Run it:  python -m lib.checkpoint runs/mapo        # the files of a run's newest checkpoint
 """
 import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -31,40 +30,35 @@ from lib import shard
 from lib.policy import Policy, not_finite
 
 
-# ---- names ---------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 def holds_a_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
-
-
-def numbered(folder: Path) -> list[Path]:
-    """The folder and those named after it, folder-2, folder-3, .., in this order."""
-    pattern = re.compile(re.escape(folder.name) + r"-(\d+)")
-    later = {}
-    for path in folder.parent.glob("*"):
-        if match := pattern.fullmatch(path.name):
-            later[int(match[1])] = path
-    return [folder, *(later[number] for number in sorted(later))]
+    """Of train.py, or of eval.py."""
+    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        return True
+    return any(folder.glob("predictions-*.jsonl"))
 
 
 def choose_folder(folder: Path, resume: bool) -> Path:
-    """Where a run goes: a new one never into a folder that holds one, a resumed one to the latest.
+    """Where a run goes: a new one into the first of folder, folder-2, folder-3, .. that holds none,
+    a resumed one to the latest checkpoint before that.
 
     Raises FileNotFoundError if there is nothing to resume."""
-    found = [path for path in numbered(folder) if holds_a_run(path)]
-    if resume:
-        found = [path for path in found if checkpoints(path)]
-        if not found:
-            raise FileNotFoundError(f"--resume: no checkpoint in {folder}; expected {folder}/step-*"
-                                    "/state-0.pt. A run is named after its settings: repeat them, "
-                                    "or name its folder by --out")
-        return found[-1]
-    number = 1
-    new = folder
+    new, taken = folder, []
     while holds_a_run(new) or owner(new):
-        number += 1
-        new = folder.with_name(f"{folder.name}-{number}")
-    return new
+        taken.append(new)
+        new = folder.with_name(f"{folder.name}-{len(taken) + 1}")
+    if not resume:
+        return new
+    found = [path for path in taken if checkpoints(path)]
+    if not found:
+        raise FileNotFoundError(f"--resume: no checkpoint in {folder}; expected {folder}/step-*"
+                                "/state-0.pt. A run is named after its settings: repeat them, "
+                                "or name its folder by --out")
+    return found[-1]
+
+
+LOCKS = {}      # this process's: closing the file would unlock the folder
 
 
 def lock(folder: Path) -> None:
@@ -75,13 +69,10 @@ def lock(folder: Path) -> None:
         raise ValueError(f"{folder}: process {process} writes there; wait for its end, or choose "
                          "another --out")
     if folder not in LOCKS:
-        LOCKS[folder] = (folder / "lock").open("w")     # closing the file would unlock the folder
+        LOCKS[folder] = (folder / "lock").open("w")
         fcntl.flock(LOCKS[folder], fcntl.LOCK_EX)
         LOCKS[folder].write(str(os.getpid()))
         LOCKS[folder].flush()
-
-
-LOCKS = {}
 
 
 def owner(folder: Path) -> str:
@@ -195,15 +186,15 @@ def load(checkpoint: Path, optimisers: list[shard.ShardedAdamW], generator: torc
     return step
 
 
-def check_settings(checkpoint: Path, settings: dict, free: set[str]) -> None:
-    """Raises ValueError if the checkpoint's run had other settings, but for the `free` ones: what
-    would go on were neither run."""
-    before = json.loads((checkpoint / "train.json").read_text())
+def check_settings(folder: Path, settings: dict, free: set[str], note: str = "train.json") -> None:
+    """Raises ValueError if the run had other settings, by the note in its folder, but for the
+    `free` ones: what would go on were neither run."""
+    before = json.loads((folder / note).read_text(encoding="utf-8"))
     changed = [f"--{name} {before[name]!r} there and {value!r} now"
                for name, value in settings.items()
                if name not in free and name in before and before[name] != value]
     if changed:
-        raise ValueError(f"{checkpoint}: --resume expected the same settings, "
+        raise ValueError(f"{folder}: --resume expected the same settings, "
                          f"found {'; '.join(changed)}")
 
 
@@ -236,33 +227,27 @@ def step_of(line: str) -> float:
 
 @contextmanager
 def signals_noted():
-    """Within it Ctrl-C and SIGTERM do not end the process: the function that it gives says whether
-    one came. A second one works as usual."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Within it the first Ctrl-C or SIGTERM does not end the process: the function that it gives
+    says whether one came. The second is a KeyboardInterrupt."""
     came = []
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def note(number, frame) -> None:
+        if came:
+            raise KeyboardInterrupt
         came.append(number)
-        restore()
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came)
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/mapo")
-    if not holds_a_run(folder):
-        sys.exit(f"{folder}: holds no run; expected the folder of a run of train.py")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    print(f"{folder}: {len(lines)} steps; the model is {newest(folder)}")
+    if not checkpoints(folder):
+        sys.exit(f"{folder}: holds no checkpoint; expected the folder of a run of train.py")
     for path in sorted(newest(folder).rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size:12,} bytes  {path.relative_to(folder)}")

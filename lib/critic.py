@@ -30,14 +30,8 @@ from lib.policy import Policy
 def gae(reward: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.,
         gae_lam: float = .95) -> tuple[Tensor, Tensor]:
     """Eq. 11, all (N, L). mask: the agent's tokens; reward: 0 off the mask; values: V of the state
-    in which token j is chosen. Returns advantage and target, 0 off the mask.
-
-    Raises ValueError if a reward stands where no token of the agent does: it would be lost."""
+    in which token j is chosen. Returns advantage and target, 0 off the mask."""
     own = mask.bool()
-    if not reward.shape == values.shape == own.shape or (reward[~own] != 0).any():
-        shapes = f"{tuple(reward.shape)}, {tuple(values.shape)}, {tuple(mask.shape)}"
-        raise ValueError("expected reward, values and mask (N, L), rewards at the agent's tokens "
-                         f"only; found {shapes}")
     advantage = torch.zeros_like(values)
     next_value, next_advantage = torch.zeros(2, len(values))
     for j in reversed(range(values.shape[1])):

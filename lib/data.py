@@ -11,16 +11,14 @@ Your own questions stand in a .jsonl file, one object a line (here: two lines):
     {"image": "a.png", "question": "What is on the sign?", "answer": "42", "choices": ["42", "17"],
      "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}
 
-Only image, question and answer are needed. The image is a path relative to the file, or base64.
-Boxes are [x1, y1, x2, y2] in pixels of the original image. What is wrong with a line is said before
-a run begins: a reader either raises the first error, or leaves bad lines out and lists them.
+Only image, question and answer are needed. The image is a path relative to the file. Boxes are
+[x1, y1, x2, y2] in pixels of the original image. What is wrong with a line is said before a run
+begins.
 
 Run it:  python -m lib.data runs/world/questions.jsonl  # a summary; `python -m tiny.world` makes it
 """
 import argparse
-import base64
 import difflib
-import functools
 import io
 import json
 import os
@@ -31,7 +29,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
@@ -72,10 +69,11 @@ class Question:
         they stand one a line, as VLMEvalKit asks."""
         if not self.choices:
             return self.text
+        lettered = list(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.choices))
         if self.meta:
-            lines = [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(self.choices)]
+            lines = [f"{letter}. {choice}" for letter, choice in lettered]
             return "\n".join([self.text, "Options:", *lines])
-        options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(self.choices)]
+        options = [f"({letter}) {choice}" for letter, choice in lettered]
         return f"{self.text}\nOptions: {' '.join(options)}"
 
 
@@ -143,18 +141,16 @@ def read_jsonl(path: str | Path, bad: list[DataError] | None = None) -> Iterator
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one JSON object a line")
-    offset, ids = 0, set()
+    ids = set()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                again = functools.partial(read_image_field, path, offset, len(line))
                 with noted(bad):
-                    question = parse_record(line, path, number, again)
-                    new = question.id not in ids
+                    question = parse_record(line, path, number)
+                    new = question.id not in ids     # a run's page finds questions by their ids
                     expect(new, question.where, "id", "one that no line above has", question.id)
                     ids.add(question.id)
                     yield question
-            offset += len(line)
 
 
 @contextmanager
@@ -168,48 +164,53 @@ def noted(bad: list[DataError] | None) -> Iterator[None]:
         bad.append(error)
 
 
-def read_image_field(path: Path, offset: int, length: int) -> str:
-    """The image field of the line at `offset`: a list of questions need not hold pictures."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return json.loads(file.read(length))["image"]
-
-
-def parse_record(line: bytes, path: Path, number: int, again: Callable[[], str]) -> Question:
-    """One line of a .jsonl file -> Question. again: see `image_opener`. Raises DataError."""
+def parse_record(line: bytes, path: Path, number: int) -> Question:
+    """One line of a .jsonl file -> Question. Raises DataError."""
     where = f"{path}:{number}"
-    record = parse_object(line, where, NEEDED, OPTIONAL)
-    choices = record.get("choices") or []
+    record = parse_object(line, where)
     boxes = record.get("boxes") or []
     objects = record.get("objects") or {}
-    texts = isinstance(choices, list) and all(map(is_text, choices))
-    expect(texts, where, "choices", "a list of texts that are not empty", choices)
-    different = len(set(map(normalise, choices))) == len(choices)
-    expect(different and len(choices) <= 26 and len(choices) != 1, where, "choices",
-           "2 to 26 different texts", choices)
-    right = not choices or choose(record["answer"], choices) is not None
-    expect(right, where, "answer", f"one of {choices}, or its letter"[:200], record["answer"])
     expect(isinstance(boxes, list), where, "boxes", "a list of boxes", boxes)
     named = isinstance(objects, dict) and all(map(is_text, objects))
     expect(named, where, "objects", "an object of name: box", objects)
-    for name in ("category", "id"):
-        value = record.get(name) or "-"
-        plain = isinstance(value, str | int | float) and is_text(str(value))
-        expect(plain, where, name, "a text", value)
     return Question(
         text=record["question"],
         answer=record["answer"],
-        open=image_opener(record["image"], path.parent, where, again),
-        choices=tuple(choices),
-        category=str(record.get("category") or ""),
+        open=image_opener(record["image"], path.parent, where),
+        choices=parse_choices(record, where),
+        category=parse_name(record, "category", where) or "",
         boxes=tuple(parse_box(where, "boxes", box) for box in boxes),
         objects={name: parse_box(where, "objects", box) for name, box in objects.items()},
-        id=str(record.get("id") or f"{path.stem}-{number}"),
+        id=parse_name(record, "id", where) or f"{path.stem}-{number}",
         where=where)
 
 
-def parse_object(line: bytes, where: str, needed: Iterable[str], optional: Iterable[str] = ()
-                 ) -> dict:
+def parse_choices(record: dict, where: str) -> tuple[str, ...]:
+    """The options, of which the answer must name one; () for an open question."""
+    choices = record.get("choices") or []
+    if not choices:
+        return ()
+    texts = isinstance(choices, list) and all(map(is_text, choices))
+    expect(texts, where, "choices", "a list of texts that are not empty", choices)
+    different = len(set(map(normalise, choices))) == len(choices)
+    expect(different and 2 <= len(choices) <= 26, where, "choices", "2 to 26 different texts",
+           choices)
+    right = choose(record["answer"], choices) is not None
+    expect(right, where, "answer", f"one of {choices}, or its letter"[:200], record["answer"])
+    return tuple(choices)
+
+
+def parse_name(record: dict, field: str, where: str) -> str | None:
+    """A text, or a number as a text; None if there is none."""
+    value = record.get(field)
+    if not value:
+        return None
+    plain = isinstance(value, str | int | float) and is_text(str(value))
+    expect(plain, where, field, "a text", value)
+    return str(value)
+
+
+def parse_object(line: bytes, where: str) -> dict:
     """The fields of one line: all that are needed, none twice, none misspelt. Raises DataError."""
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
@@ -218,38 +219,38 @@ def parse_object(line: bytes, where: str, needed: Iterable[str], optional: Itera
         raise DataError(f"{where}: expected one JSON object, found {found}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected one JSON object, found {type(record).__name__}")
-    for name in needed:
+    for name in NEEDED:
         if name not in record:
             raise DataError(f"{where}: field '{name}': missing; found {sorted(record)}")
         expect(is_text(record[name]), where, name, "a text that is not empty", record[name])
-    absent = [name for name in optional if name not in record]
+    absent = [name for name in OPTIONAL if name not in record]
     for name in record:                      # "choice" would be ignored, and its question be open
         meant = difflib.get_close_matches(name.lower(), absent, 1, cutoff=.75)
-        if meant and name not in optional:
+        if meant and name not in OPTIONAL:
             raise DataError(f"{where}: field '{name[:80]}': expected '{meant[0]}'")
     return record
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict:
-    names = Counter(name for name, _ in pairs)
-    for name, times in names.items():
-        if times > 1:
-            raise ValueError(f"'{name[:80]}' stands {times} times")
-    return dict(pairs)
+    record = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"'{name[:80]}' stands twice")
+        record[name] = value
+    return record
 
 
 def is_text(value: object) -> bool:
     """Not blank, and without half characters, which no file and no tokenizer takes."""
-    filled = isinstance(value, str) and bool(value.strip())
-    return filled and (value.isascii() or not SURROGATE.search(value))
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
 def parse_box(where: str, name: str, value: object) -> Box:
     """At least a pixel wide and high: less is no evidence, and often a share of the picture."""
-    is_box = isinstance(value, list) and len(value) == 4
-    if is_box:  # a bool is no number here, and neither are NaN and infinity
-        is_box = all(type(side) in (int, float) and abs(side) < 1e9 for side in value)
-    is_box = is_box and value[0] + 1 <= value[2] and value[1] + 1 <= value[3]
+    four = isinstance(value, list) and len(value) == 4
+    # a bool is no number here, and neither are NaN and infinity
+    numbers = four and all(type(side) in (int, float) and abs(side) < 1e9 for side in value)
+    is_box = numbers and value[0] + 1 <= value[2] and value[1] + 1 <= value[3]
     expect(is_box, where, name, "[x1, y1, x2, y2] in pixels, at least 1 x 1", value)
     return tuple(value)
 
@@ -258,83 +259,6 @@ def expect(ok: object, where: str, name: str, expected: str, found: object) -> N
     if not ok:
         found = repr(found)[:80]
         raise DataError(f"{where}: field '{name}': expected {expected}, found {found}")
-
-
-def image_opener(text: str, folder: Path, where: str,
-                 again: Callable[[], str] | None = None) -> Callable[..., Image.Image]:
-    """A function that opens the image that `text` names (a file in `folder`) or contains (base64),
-    by `read_picture` or as it is told.
-
-    The text is checked now, and the image opened when asked: then `again` gives the text anew, so
-    that nobody keeps it. Both raise DataError, which begins with `where`."""
-    file = None
-    if len(text) < 1024 and os.path.isfile(folder / text):  # False for a name that is too long
-        file = folder / text
-    elif len(decode_base64(text)) < 16:
-        expected = f"a file beside {folder} or base64"
-        raise DataError(f"{where}: field 'image': expected {expected}, found {text[:60]!r}")
-    again = again or (lambda: text)
-
-    def load(read: Callable = read_picture):
-        try:
-            return read(file or io.BytesIO(decode_base64(again())))
-        except Exception as error:  # Pillow's readers raise nearly anything on broken files
-            raise DataError(f"{where}: field 'image': expected a picture that can be read, "
-                            f"found: {error}") from None
-
-    return load
-
-
-def read_picture(source: Path | io.BytesIO) -> Image.Image:
-    """A picture as a person sees it, in RGB: turned as its EXIF note says, transparency on white,
-    16 bits scaled to 8. Of an animation it is the first frame.
-
-    Other formats are refused: some of Pillow's readers start other programs."""
-    with open_header(source) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = eight_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-
-
-def read_size(source: Path | io.BytesIO) -> tuple[int, int]:
-    """(width, height) as `read_picture` has them, but without reading the pixels."""
-    with open_header(source) as image:
-        exif = Image.Image.getexif(image)    # a PNG's own method reads its pixels
-        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
-        return image.size[::-1] if turned else image.size
-
-
-def open_header(source: Path | io.BytesIO) -> Image.Image:
-    """Raises ValueError for a size that no model takes."""
-    image = Image.open(source, formats=FORMATS)
-    width, height = image.size
-    long = max(width, height) > MAX_IMAGE_ASPECT * min(width, height)
-    if long or width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,}, "
-                         f"and at most {MAX_IMAGE_ASPECT}:1")
-    return image
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey in 16 bits: 65,535 becomes 255. In 32 bits or floats: so does its own largest value."""
-    grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0., neginf=0.).clip(min=0)
-    largest = 65535 if image.mode.startswith("I;16") else max(grey.max(), 1e-30)
-    return Image.fromarray((grey / largest * 255).round().astype(np.uint8))
-
-
-def decode_base64(text: str) -> bytes:
-    """Also of a data URI, "data:image/png;base64,...". Empty if the text is not base64."""
-    if text.startswith("data:"):
-        text = text.split(",", 1)[-1]
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        return b""
 
 
 def write_jsonl(questions: list[Question], folder: str | Path) -> Path:
@@ -351,6 +275,62 @@ def write_jsonl(questions: list[Question], folder: str | Path) -> Path:
                       "objects": question.objects, "id": question.id}
             file.write(json.dumps(record) + "\n")
     return path
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+def image_opener(name: str, folder: Path, where: str) -> Callable[..., Image.Image]:
+    """A function that opens a file in the folder. Raises DataError now if there is none."""
+    there = os.path.isfile(folder / name)           # False, too, for what is no name
+    expect(there, where, "image", f"a file in {folder}", name)
+    return opener(lambda: folder / name, where)
+
+
+def opener(source: Callable[[], Path | io.BytesIO], where: str) -> Callable[..., Image.Image]:
+    """A function that opens the picture of source() by `read_picture`, or as it is told. It raises
+    DataError, which begins with `where`, for a picture that cannot be read."""
+    def load(read: Callable = read_picture):
+        try:
+            return read(source())
+        except Exception as error:  # Pillow's readers raise nearly anything on broken files
+            raise DataError(f"{where}: field 'image': expected a picture that can be read, "
+                            f"found: {error}") from None
+
+    return load
+
+
+def read_picture(source: Path | io.BytesIO) -> Image.Image:
+    """A picture as a person sees it, in RGB: turned as its EXIF note says, transparency on
+    white. Of an animation it is the first frame."""
+    with open_header(source) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def read_size(source: Path | io.BytesIO) -> tuple[int, int]:
+    """(width, height) as `read_picture` has them, but without reading the pixels."""
+    with open_header(source) as image:
+        exif = Image.Image.getexif(image)    # a PNG's own method reads its pixels
+        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
+def open_header(source: Path | io.BytesIO) -> Image.Image:
+    """The picture, its pixels not yet read. Raises ValueError for what no model takes. Formats that
+    are not in FORMATS are refused: some of Pillow's readers start other programs."""
+    image = Image.open(source, formats=FORMATS)
+    width, height = image.size
+    long = max(width, height) > MAX_IMAGE_ASPECT * min(width, height)
+    if long or width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,}, "
+                         f"and at most {MAX_IMAGE_ASPECT}:1")
+    if image.mode.startswith(("I", "F")):            # Pillow would cut off what is above 255
+        raise ValueError("grey in 16 or 32 bits; expected 8 bits a channel")
+    return image
 
 
 # ---- before a run --------------------------------------------------------------------------------
@@ -386,20 +366,16 @@ def describe(title: str, questions: Iterable[Question], bad: list[DataError]) ->
     """Print what is in a file. Ends the program with the errors of its bad lines, if any."""
     questions = check_pictures(questions, bad, whole=True)
     print(f"{title}: {len(questions)} questions")
-    sizes = [question.open(read_size) for question in questions]
-    show_count("categories", [question.category for question in questions])
-    show_count("options", [len(question.choices) for question in questions])
-    show_count("answers", [question.answer for question in questions])
-    show_count("image sizes", [f"{width} x {height}" for width, height in sizes])
+    counted = {"categories": [question.category for question in questions],
+               "options": [len(question.choices) for question in questions],
+               "answers": [question.answer for question in questions]}
+    for name, values in counted.items():
+        counts = [f"{value}: {count}" for value, count in Counter(values).most_common(8)]
+        print(f"{name:12}{', '.join(counts)}")
     for question in questions[:3]:
         print(f"\n{question.id}: {question.prompt}\n-> {question.answer}")
     if bad:
         raise SystemExit(listed(bad))
-
-
-def show_count(name: str, values: list) -> None:
-    counts = [f"{value}: {count}" for value, count in Counter(values).most_common(8)]
-    print(f"{name:12}{', '.join(counts)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""One self-contained HTML page of one or several runs, and an animation of one.
+"""One self-contained HTML page of one or several runs: the folders of the runs -> page.html.
 
-What it teaches: how to show hostile text safely. The data stand in the page as JSON in which no tag
-can begin. lib/page.html writes text as text, never as HTML. The page's own policy lets a browser
-run this one script and fetch nothing.
+What it teaches: what a model wrote is hostile input for its reader, too. It may be endless, or hold
+what a browser or a terminal would obey; and a file may be torn, or hold anything. Three steps:
 
-Crops are not stored with a run: the call of a look is carried out again on the question's image.
+1. Here every text is cut, every number is checked, and only known fields go on (`view`).
+2. They stand in the page as JSON in which no tag can begin (`write`).
+3. lib/page.html writes text as text, never as HTML, and its policy lets a browser run this one
+   script and fetch nothing.
 
-    folder -> views.read_run -> add_pictures -> write -> page.html
+docs/run.md says what a run's files hold. Crops are not among them: a look is carried out again.
 
 Run it:  python show.py runs/a runs/b        # writes runs/a/page.html
 """
@@ -14,187 +16,246 @@ import base64
 import hashlib
 import io
 import json
-import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from lib.checkpoint import newest
 from lib.data import DataError, Question
-from lib.views import LONG, pair, text
 from tools import TOOLS, ToolError
 
 TEMPLATE = Path(__file__).with_name("page.html")
-OVERVIEW, CROP = 320, 144       # longer side of the page's pictures in pixels, at most
-SIDE = 192                      # of a film's pictures
-PANEL = SIDE + 48               # width of a question's part of the animation
+LONG, SHORT = 2000, 200         # characters that are kept of a turn, and of any other text
+MAX_TURNS, MAX_CHOICES = 12, 26
+MAX_TRAJECTORIES = 150          # of all runs together, beside the watched ones
+MAX_STEPS, MAX_WATCHED = 20, 8  # of the watched questions
+MAX_POINTS = 500                # of a curve
+OVERVIEW, CROP = 320, 144       # longer side of a picture in pixels, at most
+CURVES = ("accuracy", "hit", "gap", "lucky", "semantic", "calls", "entropy", "signal_groups")
+COLUMNS = ("n", "accuracy", "hit", "gap", "lucky", "calls", "semantic")
+OWN = {"out", "resume", "quiet"}                    # settings that say nothing about learning
+
+
+# ---- values that can be trusted ------------------------------------------------------------------
+
+def text(value: object, limit: int = SHORT) -> str:
+    """The value as text without what a terminal obeys, cut after `limit` characters."""
+    whole = "" if value is None else str(value)
+    cut = whole[:limit].encode("utf-8", "replace").decode("utf-8")       # no half surrogates
+    cut = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in cut)
+    return cut if len(whole) <= limit else f"{cut} … ({len(whole):,} characters)"
+
+
+def number(value: object) -> float | None:
+    """A finite number, else None."""
+    if type(value) not in (int, float, bool) or not abs(value) <= 1e9:
+        return None
+    return round(value, 4)
+
+
+def listed(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+# ---- a run's folder ------------------------------------------------------------------------------
+
+def read_run(folder: Path, share: int = 1) -> dict:
+    """What the folder of a run, or of an evaluation, holds; it may be unfinished. All is bounded
+    but the lines of "watched" and "trajectories", which are for `view`.
+
+    share: among how many runs the page's trajectories are divided. Raises FileNotFoundError if
+    the folder holds no run."""
+    metrics, _ = read_evenly([folder / "metrics.jsonl"], MAX_POINTS)
+    metrics = [line for line in metrics if number(line.get("step")) is not None]
+    files = [folder / "trajectories.jsonl", *sorted(folder.glob("predictions-*.jsonl"))]
+    trajectories, left_out = read_evenly(files, MAX_TRAJECTORIES // share)
+    if not metrics and not trajectories:
+        raise FileNotFoundError(f"{folder}: expected the folder of a run of train.py or eval.py; "
+                                "found neither metrics.jsonl nor predictions-*.jsonl")
+    settings = read_settings(folder)
+    curves = {name: [number(line.get(name)) for line in metrics] for name in CURVES}
+    known = [name for name in CURVES if any(point is not None for point in curves[name])]
+    return {
+        "name": text(folder.resolve().name),
+        "planned": number(settings.get("steps")),
+        "settings": {text(name): text(value)
+                     for name, value in settings.items() if name not in OWN},
+        "results": read_results(folder),
+        "steps": [number(line["step"]) for line in metrics],
+        "curves": {name: curves[name] for name in known},
+        "watched": read_watched(folder),
+        "trajectories": trajectories,
+        "left_out": left_out,
+    }
+
+
+def raw_lines(files: Sequence[Path]) -> Iterator[bytes]:
+    """Line by line: training writes a page, too, and must not hold the files of a long run."""
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as lines:
+                yield from lines
+
+
+def parse(line: bytes) -> dict:
+    """The object of a line; empty if a kill has torn the line, or it holds something else."""
+    try:
+        saved = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def read_evenly(files: Sequence[Path], limit: int) -> tuple[list[dict], int]:
+    """At most `limit` objects of .jsonl files, evenly spaced, and how many are left out."""
+    count = sum(1 for _ in raw_lines(files))
+    places = set(evenly(range(count), limit))
+    kept = [parse(line) for i, line in enumerate(raw_lines(files)) if i in places]
+    kept = [saved for saved in kept if saved]
+    return kept, count - len(kept)
+
+
+def evenly(items: Sequence, count: int) -> Sequence:
+    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[i * (len(items) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def read_watched(folder: Path) -> list[dict]:
+    """The lines of at most MAX_STEPS steps, and of these at most MAX_WATCHED each."""
+    steps = {}
+    for saved in map(parse, raw_lines([folder / "watched.jsonl"])):
+        if number(saved.get("step")) is not None:
+            steps.setdefault(saved["step"], []).append(saved)
+    kept = []
+    for lines in evenly(list(steps.values()), MAX_STEPS):
+        kept += lines[:MAX_WATCHED]
+    return kept
+
+
+def read_settings(folder: Path) -> dict:
+    """What a run was started with: train.py saves it beside the model, eval.py in the folder."""
+    for file in (newest(folder) / "train.json", folder / "settings.json"):
+        if file.is_file():
+            return parse(file.read_bytes())
+    return {}
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Rows of results.json: "before greedy" -> when and how, and of each category the measures."""
+    file, rows = folder / "results.json", []
+    saved = parse(file.read_bytes()) if file.is_file() else {}
+    for title, found in saved.items():
+        when, _, how = text(title).partition(" ")
+        for category, measures in found["categories"].items():
+            values = {name: number(measures.get(name)) for name in COLUMNS}
+            rows.append({"when": when, "how": how, "category": text(category), **values})
+    return rows
+
+
+# ---- a saved trajectory -> its view --------------------------------------------------------------
+
+def view(saved: dict) -> dict:
+    """A record of eval.py as a person sees it."""
+    turns, advantages = [], listed(saved.get("advantage"))
+    for i, turn in enumerate(saved_turns(saved)):
+        turns.append({
+            "text": text(turn.get("text"), LONG),
+            "look": turn.get("tool") is not None,
+            "label": text(turn.get("label")),
+            "score": number(turn.get("score")),
+            "advantage": number(advantages[i]) if i < len(advantages) else None,
+            "astray": turn.get("astray") is True,
+            "error": text(turn.get("error")),
+            "message": text(turn.get("message")),
+        })
+    correct, hit = saved.get("correct") == 1, saved.get("hit")
+    return {
+        "step": number(saved.get("step")),
+        "id": text(saved.get("id")),
+        "category": text(saved.get("category")),
+        "question": text(saved.get("question"), LONG),
+        "choices": [text(choice) for choice in listed(saved.get("choices"))[:MAX_CHOICES]],
+        "right": text(saved.get("right")),
+        "answer": text(saved.get("answer")),
+        "end": text(saved.get("end")),
+        "correct": correct,
+        "hit": hit if isinstance(hit, bool) else None,
+        "lucky": correct and hit is False,
+        "turns": turns,
+    }
+
+
+def saved_turns(saved: dict) -> list[dict]:
+    turns = [turn for turn in listed(saved.get("turns")) if isinstance(turn, dict)]
+    return turns[:MAX_TURNS]
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-def enlarge(image: Image.Image, to: int = SIDE) -> Image.Image:
-    """The longer side becomes `to` pixels. Nothing is smoothed: one sees how coarse it is."""
-    scale = to / max(image.size)
-    size = [max(round(side * scale), 1) for side in image.size]
-    return image.resize(size, Image.NEAREST)
+def add_pictures(view: dict, saved: dict, question: Question, pictures: dict) -> None:
+    """Give a view the names of its pictures, and its boxes. What cannot be drawn is left out."""
+    try:
+        draw(view, saved, question, pictures)
+    except (DataError, ToolError, OSError, MemoryError, ArithmeticError, AttributeError,
+            LookupError, TypeError, ValueError):        # a file may hold anything
+        return
 
 
-def draw_box(pen: ImageDraw.ImageDraw, box: tuple, scale: tuple, corner: tuple) -> None:
-    """A box in pixels of the original, on a picture that is scale (x, y) times as large and has its
-    upper left corner at `corner`. White within black shows on any ground."""
-    x1, x2 = (corner[0] + x * scale[0] for x in (box[0], box[2]))
-    y1, y2 = (corner[1] + y * scale[1] for y in (box[1], box[3]))
-    pen.rectangle((x1, y1, x2, y2), outline="white")
-    pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black")
+def draw(view: dict, saved: dict, question: Question, pictures: dict) -> None:
+    image = question.open()
+    view["evidence"] = [share(box, image.size) for box in question.boxes]
+    view["picture"] = keep(coarse(image, saved["seen"], OVERVIEW), pictures)
+    for turn, call in zip(view["turns"], saved_turns(saved)):
+        if turn["look"]:
+            crop, box = look_again(image, call, saved["space"])
+            turn["crop"] = keep(coarse(crop, call["crop"], CROP), pictures)
+            turn["place"] = share(box, image.size)
 
 
-def encode(image: Image.Image, side: int) -> dict:
-    """The picture, its longer side at most `side` pixels, as a data URI and its size."""
-    scale = min(side / max(image.size), 1)
-    width, height = (max(round(length * scale), 1) for length in image.size)
-    small = image.convert("RGB").resize((width, height), Image.BOX)
-    forms = []
+def look_again(image: Image.Image, turn: dict, space: tuple) -> tuple[Image.Image, tuple]:
+    """The crop of a saved look, and its box in pixels of the image. It is checked like a new one:
+    raises ToolError."""
+    tool = TOOLS[turn["tool"]]
+    return tool.run(image, tool.check(turn["arguments"], space), space)
+
+
+def coarse(image: Image.Image, size: tuple[int, int], most: int) -> Image.Image:
+    """The image as coarse as the agent saw it, in `size` (width, height), and each side at most
+    `most` pixels long. Raises ValueError or TypeError if this is no size."""
+    if not min(size) >= 1:
+        raise ValueError(f"expected a width and a height, found {size}")
+    scale = min(most / max(size), 1)
+    width, height = (max(round(side * scale), 1) for side in size)
+    return image.convert("RGB").resize((width, height), Image.BOX)
+
+
+def keep(image: Image.Image, pictures: dict) -> str:
+    """Put a picture among the page's. Its name comes from its bytes, so equal ones stand there
+    once. Drawings are smaller as PNG, photographs as JPEG."""
+    files = []
     for form, options in (("png", {"optimize": True}), ("jpeg", {"quality": 80})):
         file = io.BytesIO()
-        small.save(file, form, **options)
-        forms.append((len(file.getvalue()), form, file.getvalue()))
-    _, form, data = min(forms)                              # drawings: PNG; photographs: JPEG
-    return {"uri": f"data:image/{form};base64,{base64.b64encode(data).decode()}",
-            "width": width, "height": height}
+        image.save(file, form, **options)
+        files.append((len(file.getvalue()), form, file.getvalue()))
+    _, form, data = min(files)
+    name = hashlib.sha256(data).hexdigest()[:16]
+    uri = f"data:image/{form};base64,{base64.b64encode(data).decode()}"
+    pictures[name] = {"uri": uri, "width": image.width, "height": image.height}
+    return name
 
 
-def add_pictures(views: list[dict], questions: dict[str, Question], pictures: list[dict]) -> None:
-    """Give each view the numbers of its pictures, boxes in shares of the image, and the evidence.
-
-    questions: by id; a view whose question is not there, or has changed, gets no picture. Equal
-    pictures are kept once."""
-    known = {picture["uri"]: i for i, picture in enumerate(pictures)}
-
-    def keep(image: Image.Image, side: int) -> int:
-        picture = encode(image, side)
-        number = known.setdefault(picture["uri"], len(pictures))
-        if number == len(pictures):
-            pictures.append(picture)
-        return number
-
-    for trajectory in views:
-        question = questions.get(trajectory["id"])
-        image = open_image(trajectory, question)
-        if image is None:
-            continue
-        size = trajectory["seen"] or image.size
-        trajectory["picture"] = keep(image.resize(size, Image.BOX), OVERVIEW)
-        trajectory["evidence"] = [share(evidence, image.size) for evidence in question.boxes]
-        for turn, call in zip(trajectory["turns"], trajectory["calls"]):
-            turn["place"] = turn["box"] and share(turn["box"], image.size)
-            crop = cut_again(image, trajectory["space"], *call)
-            if crop:
-                turn["crop"] = keep(crop, CROP)
-
-
-def open_image(trajectory: dict, question: Question | None) -> Image.Image | None:
-    """The image of a view; None if it is not there any more, or another question has its id."""
-    if question is None or text(question.text, LONG) != trajectory["question"]:
-        return None
-    try:
-        return question.open()
-    except (DataError, OSError):
-        return None
-
-
-def cut_again(image: Image.Image, space: tuple | None, tool: object, arguments: object,
-              size: object) -> Image.Image | None:
-    """The crop of a saved look: the same call on the same image, shrunk to `size` as the agent
-    saw it. None if it cannot be carried out: what is saved in a file is checked like a new call."""
-    size = pair(size, 4096)
-    known = isinstance(tool, str) and tool in TOOLS and isinstance(arguments, dict)
-    if not known or space is None or size is None:
-        return None
-    try:
-        checked = TOOLS[tool].check(arguments, space)
-        return TOOLS[tool].run(image, checked, space)[0].resize(size, Image.BOX)
-    except ToolError:
-        return None
-
-
-def share(sides: list[float], size: tuple[int, int]) -> list[float]:
-    """A box in pixels -> in shares of the image's width and height, inside the image."""
-    shares = [sides[i] / size[i % 2] for i in range(4)]
-    return [round(min(max(value, 0), 1), 4) for value in shares]
-
-
-# ---- watch it learn ------------------------------------------------------------------------------
-
-def animate(watched: list[dict], questions: dict[str, Question], file: Path) -> None:
-    """A GIF of three watched questions, one of each category as far as there are three: a frame for
-    each step at which they were asked."""
-    steps = {}
-    for view in watched:
-        steps.setdefault(view["step"], []).append(view)
-    first = {}
-    for view in next(iter(steps.values())):
-        first.setdefault(view["category"], view["id"])
-    chosen = dict.fromkeys([*first.values(), *(view["id"] for view in watched)])
-    frames = []
-    for step, views in steps.items():
-        frame = Image.new("RGB", (3 * PANEL, 430), "white")
-        ImageDraw.Draw(frame).text((12, 6), f"step {step}", "black", ImageFont.load_default(20))
-        asked = {view["id"]: view for view in views}
-        for i, name in enumerate(list(chosen)[:3]):
-            if name in asked:
-                frame.paste(panel(asked[name], questions.get(name)), (i * PANEL, 36))
-        frames.append(frame)
-    palette = stack(frames).quantize(256)                     # one for all: no colour flickers
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    times = [900] * (len(frames) - 1) + [3000]                  # milliseconds
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
-
-
-def panel(view: dict, question: Question | None) -> Image.Image:
-    """One question at one step: the overview with the boxes of the looks; of the last two looks the
-    crops, what they were said to be, and the scores; the answer."""
-    picture = Image.new("RGB", (PANEL, 394), "white")
-    pen, font, small = ImageDraw.Draw(picture), *map(ImageFont.load_default, (13, 10))
-    pen.multiline_text((12, 0), textwrap.fill(view["question"][:70], 34), "black", font, spacing=2)
-    image = open_image(view, question)
-    if image is None:
-        return picture
-    overview = enlarge(image.resize(view["seen"] or image.size, Image.BOX))
-    picture.paste(overview, (12, 36))
-    scale, looks = (overview.width / image.width, overview.height / image.height), []
-    for turn, call in zip(view["turns"], view["calls"]):
-        crop = cut_again(image, view["space"], *call)
-        if crop and turn["box"]:
-            draw_box(pen, turn["box"], scale, (12, 36))
-            looks.append((turn, crop))
-    for i, (turn, crop) in enumerate(looks[-2:]):
-        left, top = 12 + 100 * i, SIDE + 44
-        picture.paste(enlarge(crop, 90), (left, top))
-        score = "" if turn["score"] is None else f"\nscore {turn['score']:.2f}"
-        pen.multiline_text((left, top + 93), f"{turn['label'][:20]}{score}", "black", small)
-    colour, verdict = ("darkgreen", "right") if view["correct"] else ("firebrick", "wrong")
-    pen.text((12, SIDE + 166), f"{view['answer'][:24] or '(none)'}: {verdict}", colour, font)
-    return picture
-
-
-def stack(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures, one below the other."""
-    width = max(picture.width for picture in pictures)
-    page = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        page.paste(picture, (0, top))
-        top += picture.height
-    return page
+def share(box: tuple, size: tuple[int, int]) -> list[float]:
+    """A box in pixels -> in shares of the image's width and height."""
+    return [round(box[i] / size[i % 2], 4) for i in range(4)]
 
 
 # ---- the page ------------------------------------------------------------------------------------
 
-def write(runs: list[dict], pictures: list[dict], file: Path) -> None:
+def write(runs: list[dict], pictures: dict, file: Path) -> None:
     """Fill the template. Written aside first: a browser that reloads never finds half a page."""
-    for run in runs:
-        for trajectory in run["watched"] + run["trajectories"]:
-            for name in ("calls", "seen", "space"):
-                trajectory.pop(name, None)
     data = json.dumps({"runs": runs, "pictures": pictures}, ensure_ascii=False, allow_nan=False)
     for sign in "<>&":                         # so no tag or comment can begin or end in the data
         data = data.replace(sign, f"\\u{ord(sign):04x}")

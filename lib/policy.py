@@ -1,6 +1,6 @@
 """The vision-language model as a policy: tokens in, tokens out.
 
-What it teaches: all that stands between a Hugging Face model and an RL loop. It is one way:
+What it teaches: what stands between a Hugging Face model and an RL loop.
 
     an image  -> features, and a placeholder id for each of them      encode_images
     a text    -> ids                                                  tokens, prompt, observation
@@ -12,10 +12,10 @@ The one distribution, for a hidden state h, the model's last matrix W and a temp
 
     log pi(token | h) = log_softmax(W h / T), without the ids of VISION below
 
-The sampler (lib/sampler.py) and the trainer both use it. So the ratio of the new policy to the old
-one is 1 before a step: within 1e-4 in float32, for any padding, any order of the batch and any
-number of turns (tests/test_sampler.py). VISION's words are left out because an agent that wrote one
-would claim an image that is not there. They are left out in both, or the ratio were not 1.
+An agent that wrote a word of VISION would claim an image that is not there. So these words are
+banned when it samples (lib/sampler.py), and in the trainer's softmax as well: if the two differed,
+the ratio of the new policy to the old one would not be 1 before a step. It is, within 1e-4 in
+float32, for any padding, any order of the batch and any number of turns.
 
 Run it:  python -m lib.policy      # a small picture: its tokens, positions, log-probabilities
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -54,20 +54,14 @@ class Tokens:
         return Tokens(self.ids + other.ids, self.grids + other.grids,
                       self.features + other.features)
 
-    def cut(self, start: int, stop: int | None = None, image: int = 0) -> "Tokens":
-        """ids[start:stop], and the images from number `image` on."""
-        return Tokens(self.ids[start:stop], self.grids[image:], self.features[image:])
-
 
 class Policy:
     """A model directory of the Qwen2.5-VL or Qwen3-VL family."""
 
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
                  coordinates: str | None = None):
-        """coordinates: in what the agent gives its boxes. "pixels": of the image that it sees
-        (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says.
-
-        Raises what read_config and read_model raise."""
+        """coordinates: the units of the agent's boxes. "pixels": of the image that it sees
+        (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says."""
         config = read_config(path)
         self.tokenizer, self.processor, model = read_model(path, dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
@@ -86,13 +80,13 @@ class Policy:
         words = self.tokenizer.get_added_vocab()
         self.positions = config.get_text_config().max_position_embeddings
         self.image_id, self.end_id = config.image_token_id, words["<|im_end|>"]
+        self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
         ends = model.generation_config.eos_token_id or []       # a number, a list, or None
         self.end_ids = {self.end_id, words.get("<|endoftext|>", self.end_id),
                         *(ends if isinstance(ends, list) else [ends])}
-        # Qwen's templates put a line break on both sides of what a tool returned.
+        # Qwen's templates put a line break on both sides of what a tool returned; tiny/'s has none.
         shown = self.chat([{"role": "user", "content": ""}, {"role": "tool", "content": SLOT}])
-        self.line_break = "\n" if f"<tool_response>\n{SLOT}\n</tool_response>" in shown else ""
-        self.banned = torch.tensor([words[word] for word in VISION if word in words], device=device)
+        self.line_break = "\n" if f"<tool_response>\n{SLOT}" in shown else ""
 
     def space(self, seen: tuple[int, int]) -> tuple[int, int]:
         """The range of a box's coordinates, if the image is seen at (width, height) pixels."""
@@ -110,7 +104,7 @@ class Policy:
         patches = batch["pixel_values"].to(self.device, self.model.dtype)
         output = self.model.get_image_features(patches, shapes)
         # Qwen3-VL has DeepStack (arXiv 2406.04334): features of inner layers of the tower as well.
-        # Here they stand beside the last ones, and an image's features are (height * width, .. D).
+        # They stand beside the last ones: an image's features are (height * width, several D).
         layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
         encoded = []
         for (_, height, width), *parts in zip(shapes.tolist(), *layers):
@@ -129,7 +123,7 @@ class Policy:
 
     def prompt(self, image: Tokens, text: str) -> Tokens:
         """How a conversation opens, by the directory's chat template: system prompt, image, text.
-        With an empty system prompt the template may write one of its own (Qwen2.5-VL's does)."""
+        Without a system prompt the template may write one of its own (Qwen2.5-VL's does)."""
         messages = [{"role": "user", "content": SLOT}]
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
@@ -171,16 +165,7 @@ class Policy:
         mask = padded([[True] * len(t.ids) for t in batch], False).to(self.device)  # (B, L)
         positions = padded(positions, (0, 0, 0)).permute(2, 0, 1).to(self.device)  # (3, B, L)
 
-        embeddings = self.language.embed_tokens(ids)  # (B, L, D)
-        deepstack = {}
-        features = [feature for tokens in batch for feature in tokens.features]
-        if features:  # they take the placeholders' places ..
-            is_image = ids == self.image_id
-            first, *others = torch.cat(features).to(embeddings).split(embeddings.shape[-1], -1)
-            embeddings = embeddings.masked_scatter(is_image[..., None], first)
-            if others:  # .. and those of inner layers are added in the language model's layers
-                deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": others}
-
+        embeddings, deepstack = self.with_images(ids, batch)
         # A first batch      a b c .      Padding (.) stands after all that is real. So it is enough
         #                    d . . .      that a token attends to what is before it: mask None.
         # Then e, f g come   a b c . e .  Now padding stands in between, and the mask must say which
@@ -194,6 +179,20 @@ class Policy:
                                use_cache=cache is not None, **deepstack)
         return output.last_hidden_state, mask, ends
 
+    def with_images(self, ids: Tensor, batch: list[Tokens]) -> tuple[Tensor, dict]:
+        """Embeddings (B, L, D) of ids (B, L): an image's features take its placeholders' places.
+        Those of inner layers (DeepStack) are added by the language model's own layers."""
+        embeddings = self.language.embed_tokens(ids)
+        features = [feature for tokens in batch for feature in tokens.features]
+        if not features:
+            return embeddings, {}
+        is_image = ids == self.image_id
+        last, *inner = torch.cat(features).to(embeddings).split(embeddings.shape[-1], -1)
+        embeddings = embeddings.masked_scatter(is_image[..., None], last)
+        if not inner:
+            return embeddings, {}
+        return embeddings, {"visual_pos_masks": is_image, "deepstack_visual_embeds": inner}
+
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
         """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
@@ -204,7 +203,7 @@ class Policy:
                                             (q q) Q c c       of all rows add up in them.
             P, Q: the prompt's last token. Its state chooses the row's first own token a, b, c."""
         shared, which = distinct(prompts)
-        openings = [prompt.cut(0, -1) for prompt in shared]
+        openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
         once = Cache(layer_class_to_replicate=Repeatable)
         _, past, ends = self.hidden(openings, cache=once)
 
@@ -215,7 +214,9 @@ class Policy:
                                      layer.values.index_select(0, rows)))
         rests = []
         for tokens, prompt in zip(batch, prompts):
-            rests.append(tokens.cut(len(prompt.ids) - 1, image=len(prompt.grids)))
+            length, images = len(prompt.ids), len(prompt.grids)
+            rests.append(Tokens(tokens.ids[length - 1:], tokens.grids[images:],
+                                tokens.features[images:]))
         starts = [ends[i] for i in which]
         return self.hidden(rests, starts, past[rows], Cache(layers=layers))[0]
 
@@ -223,10 +224,7 @@ class Policy:
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """(.., D) -> log-probabilities (.., V) in float32."""
-        logits = allowed_logits(hidden, self.model.lm_head.weight, self.banned, temperature)
-        # logsumexp adds pairwise. F.log_softmax adds one number after the other on the CPU, and
-        # was off by 2e-4 over 151,936 words.
-        return logits - logits.logsumexp(-1, keepdim=True)
+        return log_softmax(hidden, self.model.lm_head.weight, self.banned, temperature)
 
     def own_states(self, batch: list[Tokens], masks: list[list[bool]],
                    prompts: list[Tokens] | None = None) -> tuple[Tensor, Tensor]:
@@ -247,9 +245,7 @@ class Policy:
     def logprobs(self, batch: list[Tokens], masks: list[list[bool]], temperature: float = 1.0,
                  prompts: list[Tokens] | None = None, chunk: int = 512) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the agent's tokens, and entropies of the distributions from which
-        they were chosen, each (B, L - 1): column t speaks of token t + 1. Elsewhere they are 0.
-
-        Logits exist for `chunk` tokens at a time, never as (B, L, V)."""
+        they were chosen, each (B, L - 1): column t speaks of token t + 1; 0 at other tokens."""
         states, own = self.own_states(batch, masks, prompts)
         targets = padded([t.ids for t in batch], self.end_id)[:, 1:].to(self.device)[own]  # (n,)
         logp, entropy = TokenLogprobs.apply(states, self.model.lm_head.weight, targets,
@@ -264,7 +260,7 @@ class Policy:
         """Texts and encoded images -> unit vectors (N, D) in one space, without CLIP.
 
         E5-V (arXiv 2407.12580, sec. 3.1): ask for a summary in one word. The state from which the
-        model would say this word is the embedding. `chunk` items are in memory at a time."""
+        model would say this word is the embedding. chunk: items in memory at a time."""
         states = []
         for start in range(0, len(items), chunk):
             batch = [self.summary_prompt(item) for item in items[start:start + chunk]]
@@ -281,7 +277,7 @@ class Policy:
     # ---- training and saving
 
     def freeze_vision(self) -> list[torch.nn.Parameter]:
-        """Only the language model learns: returns its parameters. An image's features then never
+        """Only the language model learns: returns its parameters. So an image's features never
         change, and it is encoded once for sampling, training and the semantic score."""
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)
@@ -304,15 +300,14 @@ class Policy:
 # ---- the parts, in the order in which they are met above
 
 def read_config(path: str | Path):
-    """Of a model directory. A name on the hub is no directory: nothing is downloaded, and no code
-    that a directory brings is run.
+    """Of a model directory: nothing is downloaded, and no code that it brings is run.
 
     Raises FileNotFoundError for a folder without a model, ValueError for another kind of model."""
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model's folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:          # transformers and what it stands on raise many kinds
+    except Exception as error:                      # transformers raises many kinds
         raise ValueError(f"{path}: config.json cannot be used: {error}") from error
     if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
         raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, "
@@ -321,10 +316,8 @@ def read_config(path: str | Path):
 
 
 def read_model(path: str | Path, dtype: torch.dtype) -> tuple:
-    """Tokenizer, image processor, and the model with all its weights: transformers only logs a
-    weight that is missing or too many, and goes on with random numbers.
-
-    Raises ValueError, with the names of the weights that are wrong."""
+    """Tokenizer, image processor, model. Raises ValueError with the names of wrong weights:
+    transformers only logs that one is missing, and goes on with random numbers."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # AutoProcessor asks for torchvision, because of video. The two parts that we need do not.
@@ -339,9 +332,8 @@ def read_model(path: str | Path, dtype: torch.dtype) -> tuple:
              "not finite": not_finite(model)}
     for what, names in wrong.items():
         if names:
-            named = ", ".join(sorted(names)[:5]) + (", .." if len(names) > 5 else "")
             raise ValueError(f"{path}: expected all weights of the model and no others, "
-                             f"found {len(names)} {what}: {named}")
+                             f"found {len(names)} {what}: {', '.join(sorted(names)[:5])}")
     return tokenizer, processor, model
 
 
@@ -361,10 +353,7 @@ def mrope_positions(ids: list[int], grids: list[tuple[int, int]], image_id: int,
 
     In a text token the three are equal. An image of h x w placeholders starts at p: placeholder
     (i, j) has (p, p + i, p + j), and what follows the image goes on at p + max(h, w).
-    Returns the positions, and the next free one. Raises ValueError if ids and grids disagree."""
-    count = ids.count(image_id)
-    if count != sum(height * width for height, width in grids):
-        raise ValueError(f"{count} image placeholders for grids {grids}: the counts must agree")
+    Returns the positions, and the next free one."""
     positions, images = [], iter(grids)
     while len(positions) < len(ids):
         if ids[len(positions)] == image_id:
@@ -387,8 +376,8 @@ def padded(rows: list[list], fill) -> Tensor:
 
 def causal(mask: Tensor, new: int) -> Tensor:
     """Which columns are real, (B, P + L) -> to which each of the last L = `new` ones attends,
-    (B, 1, L, P + L): to the real ones before it and to itself, even if it is padding (a softmax
-    over nothing would be NaN)."""
+    (B, 1, L, P + L): to the real ones before it and to itself, even if it is padding: a softmax
+    over nothing would be NaN."""
     column = torch.arange(mask.shape[1], device=mask.device)
     query = column[-new:, None]  # (L, 1)
     real_before = mask[:, None] & (column < query)  # (B, L, P + L)
@@ -402,7 +391,7 @@ def last_state(states: Tensor, batch: list[Tokens]) -> Tensor:
 
 
 def distinct(items: list) -> tuple[list, list[int]]:
-    """The different objects among the items, and for each item which of them it is: what is
+    """The different objects among the items, and the place of each item among them: what is
     shared is computed once."""
     objects = list({id(item): item for item in items}.values())
     place = {id(item): i for i, item in enumerate(objects)}
@@ -410,9 +399,9 @@ def distinct(items: list) -> tuple[list, list[int]]:
 
 
 class Repeatable(DynamicLayer):
-    """A cache's layer for training: `past` keys and values, and those that come now. Activation
-    checkpointing runs a layer twice, forward and backward: DynamicLayer would append the new keys
-    twice. Here an update starts from `past` again."""
+    """A cache's layer for training: `past` keys and values, and those that come now. With
+    recompute_layers a layer runs twice, and DynamicLayer would append the new keys twice. Here an
+    update starts from `past` again."""
 
     def __init__(self, *past: Tensor):
         super().__init__()
@@ -426,35 +415,37 @@ class Repeatable(DynamicLayer):
         return keys, values
 
 
-def allowed_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
-    """W h / T: (.., D) -> (.., V) in float32. A banned word's logit is so small that its exp is 0,
-    and finite, so that 0 times it is 0."""
-    return F.linear(hidden / temperature, weight).float().index_fill_(-1, banned, -1e30)
+def log_softmax(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """log_softmax(W h / T): (.., D) -> (.., V) in float32."""
+    logits = F.linear(hidden / temperature, weight).float()
+    logits.index_fill_(-1, banned, -1e30)   # its exp is 0; and finite, so that 0 times it is 0
+    # logsumexp adds pairwise. F.log_softmax adds one number after the other on the CPU, and was
+    # off by 2e-4 over 151,936 words.
+    logits -= logits.logsumexp(-1, keepdim=True)
+    return logits
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """The log-probability of one token a row, and the entropy there. Its gradient by hand is
+    """The log-probability of one token a row, and the entropy there.
+
+    A token's V log-probabilities are more numbers than all else of it, and autograd would keep
+    several copies. Here they exist for `chunk` tokens at a time, once forward and once backward.
+    So the gradient is written by hand; p are the probabilities, y is the token:
 
         d log pi(y) / d logits = (1 at y) - p
-
-    A token's logits are V numbers, more than all else of it, and autograd would keep several
-    copies. Here they exist for `chunk` tokens at a time, once forward and once backward."""
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, banned: Tensor,
                 temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
         """hidden (n, D), targets (n,) -> log-probabilities (n,), entropies (n,; no gradient)."""
-        logps, entropies, norms = [], [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = allowed_logits(h, weight, banned, temperature)  # (chunk, V)
-            norm = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
-            logp = logits.sub_(norm)
-            logps.append(logp.gather(-1, y[:, None])[:, 0])
-            # Not norm - sum(p * logits): the difference of two large sums was off by 2.6e-3.
-            entropies.append(-logp.exp().mul_(logp).sum(-1))
-            norms.append(norm)
-        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(norms))
+        ctx.save_for_backward(hidden, weight, targets, banned)
         ctx.temperature, ctx.chunk = temperature, chunk
+        logps, entropies = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            logp = log_softmax(h, weight, banned, temperature)  # (chunk, V)
+            logps.append(logp.gather(-1, y[:, None])[:, 0])
+            entropies.append(-logp.exp().mul_(logp).sum(-1))
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logps), entropy
@@ -462,13 +453,13 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor, _) -> tuple:
         """slope (n,): d loss / d log-probability of each token."""
-        hidden, weight, targets, banned, norms = ctx.saved_tensors
+        hidden, weight, targets, banned = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             h, g, y = hidden[part], slope[part, None], targets[part, None]
-            p = allowed_logits(h, weight, banned, ctx.temperature).sub_(norms[part]).exp_()
-            to_logits = p.mul_(-g).scatter_add_(-1, y, g).to(weight.dtype)  # (chunk, V)
+            p = log_softmax(h, weight, banned, ctx.temperature).exp_()  # (chunk, V)
+            to_logits = p.mul_(-g).scatter_add_(-1, y, g).to(weight.dtype)
             to_hidden[part] = to_logits @ weight / ctx.temperature
             to_weight.addmm_(to_logits.T, h / ctx.temperature)
         return to_hidden, to_weight, None, None, None, None
@@ -478,30 +469,21 @@ def demonstrate() -> None:
     """One picture, one question, one thought of the agent in tiny/."""
     torch.set_num_threads(1)
     policy = Policy("tiny")
-    picture = Image.new("RGB", (72, 48), "gray")
-    ImageDraw.Draw(picture).ellipse((40, 8, 64, 32), fill="red")
+    picture = Image.new("RGB", (72, 48), "red")
     image = policy.encode_images([fit(picture, policy.resolution)])[0]
     prompt = policy.prompt(image, "What mark is on the red circle?")
     said = policy.tokens("<think>find the red circle</think>")
-    whole, mask = prompt + said, [False] * len(prompt.ids) + [True] * len(said.ids)
+    whole = prompt + said
+    positions, _ = mrope_positions(whole.ids, whole.grids, policy.image_id)
+    mask = [False] * len(prompt.ids) + [True] * len(said.ids)
+    with torch.no_grad():
+        logp, _ = policy.logprobs([whole], [mask])
 
     print(f"72 x 48 pixels: {image.grids[0][0]} x {image.grids[0][1]} placeholders with features "
-          f"{tuple(image.features[0].shape)}\n\n  id  time, height, width  token")
-    positions, _ = mrope_positions(whole.ids, whole.grids, policy.image_id)
-    for i, position in list(zip(whole.ids, positions))[2:14]:
-        print(f"{i:4}  {str(position):19}  {policy.decode([i])!r}")
-
-    longer = whole + policy.observation("Error: no crop") + said
-    masks = [[False] * len(longer.ids), mask]
-    with torch.no_grad():
-        logp, entropy = policy.logprobs([whole], [mask])
-        batch, _ = policy.logprobs([longer, whole], masks, prompts=[prompt, prompt])
-    print("\nlog-probability  entropy  the agent's token")
-    for t in range(len(prompt.ids) - 1, len(whole.ids) - 1):
-        token = policy.decode([whole.ids[t + 1]])
-        print(f"{logp[0, t]:15.3f}  {entropy[0, t]:7.3f}  {token!r}")
-    gap = (batch[1, :logp.shape[1]] - logp[0]).abs().max()
-    print(f"\nIn a batch, padded and with a shared prompt, they differ by at most {gap:.0e}.")
+          f"{tuple(image.features[0].shape)}\n\n  id  time, height, width  log pi  token")
+    for t, (i, position) in enumerate(zip(whole.ids, positions)):
+        own = f"{logp[0, t - 1]:.3f}" if mask[t] else ""
+        print(f"{i:4}  {str(position):19}  {own:>6}  {policy.decode([i])!r}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ The model does not read a conversation again for each token: a cache holds the k
 what it has read. A question's prompt is read once, and its row is repeated for the whole group of
 conversations that begin with it. All rows stay in the batch until the last one ends its turn.
 
-The log-probabilities of the sampled tokens are those that the trainer computes again later
-(policy.logprobs): within 1e-4 in float32.
+The trainer computes the log-probabilities of the sampled tokens again (policy.logprobs): the same
+within 1e-4 in float32.
 
 Run it:  python -m lib.sampler      # four conversations of two turns, sampled and recomputed
 """
@@ -107,15 +107,13 @@ def demonstrate() -> None:
     (The picture is not of the agent's world, and it may misread it.)"""
     torch.set_num_threads(1)
     policy, generator = Policy("tiny"), torch.Generator().manual_seed(0)
-    picture = Image.new("RGB", (768, 768), (110, 110, 110))
+    picture, box = Image.new("RGB", (768, 768), (110, 110, 110)), (192, 416, 320, 544)
     pen = ImageDraw.Draw(picture)
-    pen.ellipse((192, 416, 320, 544), fill=(214, 45, 45))
-    pen.rectangle((461, 589, 563, 691), fill="blue")
-    pen.rectangle((224, 448, 288, 512), fill="white")
-    for y in range(448, 512, 8):
-        pen.rectangle((224, y, 288, y + 3), fill="black")
-    crop = fit(picture.crop((192, 416, 320, 544)), policy.resolution.crop())
-    image, crop = policy.encode_images([fit(picture, policy.resolution), crop])
+    pen.ellipse(box, "red")
+    pen.rectangle((461, 589, 563, 691), "blue")
+    pen.rectangle((224, 448, 288, 512), "gray")
+    image, crop = policy.encode_images([fit(picture, policy.resolution),
+                                        fit(picture.crop(box), policy.resolution.crop())])
     prompt = policy.prompt(image, "What mark is on the red circle?\n"
                                   "Options: (A) horizontal (B) vertical (C) vee (D) checks")
     observation = policy.observation(crop)
@@ -125,19 +123,17 @@ def demonstrate() -> None:
     session.append([observation] * 4)
     second, second_logps = session.sample(64, 0.5, generator)
 
-    rows, masks = [], []
-    for row in range(4):
-        print(f"{policy.decode(first[row])}\n    crop -> {policy.decode(second[row])}")
-        rows.append(prompt + Tokens(first[row]) + observation + Tokens(second[row]))
-        masks.append([False] * len(prompt.ids) + [True] * len(first[row])
-                     + [False] * len(observation.ids) + [True] * len(second[row]))
-    with torch.no_grad():
-        again, _ = policy.logprobs(rows, masks, 0.5, prompts=[prompt] * 4)
     worst = 0.0
     for row in range(4):
-        own = torch.tensor(masks[row][1:])
+        print(f"{policy.decode(first[row])}\n    crop -> {policy.decode(second[row])}")
+        whole = prompt + Tokens(first[row]) + observation + Tokens(second[row])
+        mask = [False] * len(prompt.ids) + [True] * len(first[row])
+        mask += [False] * len(observation.ids) + [True] * len(second[row])
+        with torch.no_grad():
+            again, _ = policy.logprobs([whole], [mask], 0.5)
         sampled = torch.tensor(first_logps[row] + second_logps[row])
-        worst = max(worst, (again[row, :len(own)][own] - sampled).abs().max().item())
+        difference = again[0][torch.tensor(mask[1:])] - sampled
+        worst = max(worst, difference.abs().max().item())
     print(f"\nThe trainer's log-probabilities of these tokens differ by at most {worst:.0e}.")
 
 

@@ -10,21 +10,18 @@ it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; st
     Adam's moments, float32   8 / N         8     4     1
     in all                    2 + 16 / N   18    10     4   (a run's frozen base has 2 more)
 
-1. backward: a gradient is summed over the ranks as soon as it exists, in float32. Each rank keeps
-   1/N of the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.
-   (With shared prompts, lib/policy.py, it exists only when backward has passed the prompts, too.)
+1. After each backward the gradients are summed over the ranks, in float32. Each rank keeps 1/N of
+   the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.
 2. step: AdamW on the 1/N, in float32. An update of 1e-6 is lost in a bf16 weight of 0.1, but not in
    the master.
 3. The masters, cast to the model's dtype, become every rank's model again (all-gather).
 
-Collectives must come in the same order on all ranks, or they wait for ever. Autograd promises no
-order, and a rank may have fewer micro-batches, or a parameter without a gradient. So gradients are
-put in buckets, and buckets are sent in one fixed order. `finish_micro_batch()` sends zeros for what
-did not come; a rank without a micro-batch calls just that. Two ranks, two buckets:
+Why 1 and 2 ranks agree: the loss is a sum over trajectories whose weights are fixed beforehand, so
+its gradient is the sum of the gradients of any parts. AdamW treats each number by itself, so it
+does not matter which rank keeps which. Only rounding differs.
 
-    rank 0   backward fills 1, sends 1, fills 2, sends 2            finish_micro_batch: nothing left
-    rank 1   backward fills 2 (it waits for 1), fills 1, sends 1, 2
-    rank 1   has no second micro-batch                              finish: sends zeros as 1, 2
+A collective must be joined by all ranks, in the same order, or they wait for ever. A rank may have
+fewer micro-batches than another, so `even` appends None, and for None it sends zeros.
 
 What is left out: sharded weights (ZeRO-3), communication during computation, CPU offload.
 
@@ -34,7 +31,6 @@ import os
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,8 +55,7 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started, if it did. Returns this rank's device.
 
     timeout: seconds to wait for another rank before it is an error; longer than any rank ever works
-    alone. train.py has no option for it: change the 1800 s here.
-    Raises ValueError for cuda without a GPU."""
+    alone. Raises ValueError for cuda without a GPU."""
     global STORE
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
@@ -98,8 +93,8 @@ def named(error: Exception) -> str:
 def agree(error: Exception | None = None) -> None:
     """All ranks meet here. If one brings an error, all raise: it its own, the others RankFailed.
 
-    Call it before communication: a collective that one rank never joins could only time out. The
-    ranks meet in torchrun's store, where one that is silent until the timeout can be named."""
+    A collective that one rank never joins could only time out. So the ranks meet in torchrun's
+    store, where one that failed, or is silent until the timeout, can be named."""
     if STORE:
         meeting = STORE.add(f"meetings of {rank()}", 1)
         STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
@@ -162,12 +157,6 @@ def even(batches: list) -> list:
     return batches + [None] * (longest - len(batches))
 
 
-def squared(x: Tensor) -> Tensor:
-    """|x|^2 as a float64 scalar. On the CPU norm() adds one after the other in float32, and is half
-    off over an embedding; sum() adds pairwise. In chunks, because square() needs room."""
-    return torch.stack([part.square().sum() for part in x.split(2**24)]).double().sum()
-
-
 # ---- the optimiser -------------------------------------------------------------------------------
 
 class Bucket:
@@ -179,24 +168,24 @@ class Bucket:
         for p in parameters:
             self.spans.append(slice(self.size, self.size + p.numel()))
             self.size += p.numel()
-        whole = self.zeros()
-        for p, span in zip(parameters, self.spans):
-            whole[span] = p.flatten()
-        self.master = whole.chunk(ranks())[rank()].clone()      # (ceil(size / N),) float32
+        self.master = self.mine(self.joined(parameters)).clone()     # (ceil(size / N),) float32
         self.mean = torch.zeros_like(self.master)
         self.square = torch.zeros_like(self.master)
         self.gradient = torch.zeros_like(self.master)
-        self.forget()
 
-    def zeros(self) -> Tensor:
-        """(N ceil(size / N),) float32: all parameters end to end, then padding."""
-        part = -(-self.size // ranks())
-        return torch.zeros(part * ranks(), device=self.parameters[0].device)
+    def joined(self, parts: list[Tensor | None]) -> Tensor:
+        """A tensor or None (zeros) for each parameter -> all end to end, then padding, so that N
+        equal parts can be cut: (N ceil(size / N),) float32."""
+        length = -(-self.size // ranks()) * ranks()
+        whole = torch.zeros(length, device=self.parameters[0].device)
+        for part, span in zip(parts, self.spans):
+            if part is not None:
+                whole[span] = part.flatten()
+        return whole
 
-    def forget(self) -> None:
-        """No gradient of this micro-batch has arrived."""
-        self.arriving = None
-        self.arrived = set()
+    def mine(self, whole: Tensor) -> Tensor:
+        """The part of this rank."""
+        return whole.chunk(ranks())[rank()]
 
 
 def pack(parameters: list[Tensor], limit: int) -> list[Bucket]:
@@ -234,63 +223,28 @@ class ShardedAdamW:
         if ranks() > 1:
             for p in parameters:
                 dist.broadcast(p.detach(), 0)
-        self.buckets = pack(parameters[::-1], bucket)   # about the order in which backward comes by
-        self.next = 0                                   # the bucket that is sent next
-        self.handles = []
-        for b in self.buckets:
-            for i, p in enumerate(b.parameters):
-                hook = partial(self._arrive, b, i)
-                self.handles.append(p.register_post_accumulate_grad_hook(hook))
-
-    def close(self) -> None:
-        """Let go of the parameters: they have ordinary gradients again."""
-        for handle in self.handles:
-            handle.remove()
+        self.buckets = pack(parameters[::-1], bucket)   # the last first, as in older checkpoints
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
         for b in self.buckets:
             b.gradient.zero_()
             for p in b.parameters:
-                p.grad = None                           # one that _arrive refused
-        self._forget()
-
-    def _arrive(self, bucket: Bucket, i: int, p: Tensor) -> None:
-        """The hook: backward has finished p.grad. Take it, free it, send the full buckets."""
-        if i in bucket.arrived:
-            raise RuntimeError("a second gradient in one micro-batch: "
-                               "call finish_micro_batch() after each backward()")
-        if bucket.arriving is None:
-            bucket.arriving = bucket.zeros()
-        bucket.arriving[bucket.spans[i]] = p.grad.flatten()
-        bucket.arrived.add(i)
-        p.grad = None
-        for b in self.buckets[self.next:]:
-            if len(b.arrived) < len(b.parameters):
-                break                                   # the others wait for it: one fixed order
-            self._send(b)
-
-    def _send(self, b: Bucket) -> None:
-        """Send the next bucket; what did not arrive is zero."""
-        whole = b.zeros() if b.arriving is None else b.arriving
-        b.gradient += reduce_scatter(whole)
-        b.arriving = None
-        self.next += 1
+                p.grad = None
 
     def finish_micro_batch(self) -> None:
-        """All ranks call it equally often: after each backward, or without one, with none left."""
-        for b in self.buckets[self.next:]:
-            self._send(b)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.next = 0
+        """Sum the gradients over the ranks, keep this rank's part, free the rest. All ranks call it
+        equally often: after each backward, or without one, with none left."""
         for b in self.buckets:
-            b.forget()
+            whole = b.joined([p.grad for p in b.parameters])
+            for p in b.parameters:
+                p.grad = None
+            b.gradient += reduce_scatter(whole)
 
     def norm(self) -> float:
-        """Length of the whole gradient, the same on all ranks."""
-        return all_sum(sum(squared(b.gradient).item() for b in self.buckets)) ** .5
+        """Length of the whole gradient, the same on all ranks. (Not b.gradient.norm(): on the CPU
+        it adds one number after the other, and is half off over an embedding. sum() adds pairs.)"""
+        return all_sum(sum(b.gradient.square().sum().item() for b in self.buckets)) ** .5
 
     def clip(self, limit: float) -> float:
         """Scale the gradient to at most `limit`; returns the norm it had. Not finite: skip the
@@ -334,7 +288,7 @@ class ShardedAdamW:
 
     def save(self, folder: str | Path) -> None:
         """Each rank writes its file. Returns, or raises, when all have; all must see the folder."""
-        state = {"rank": rank(), "steps": self.steps, "sizes": [b.size for b in self.buckets]}
+        state = {"steps": self.steps, "sizes": [b.size for b in self.buckets]}
         for name in STATES:
             state[name] = [getattr(b, name).cpu() for b in self.buckets]
         with together():
@@ -349,9 +303,8 @@ class ShardedAdamW:
             for number, b in enumerate(self.buckets):
                 for name in STATES:
                     saved = torch.cat([state[name][number] for state in states])
-                    whole = b.zeros()                   # with our padding; theirs is cut off
-                    whole[:b.size] = saved[:b.size]
-                    getattr(b, name).copy_(whole.chunk(ranks())[rank()])
+                    parts = [saved[span] for span in b.spans]
+                    getattr(b, name).copy_(b.mine(b.joined(parts)))
         self.zero_grad()
         self._publish()
 
@@ -360,27 +313,23 @@ STATES = ("master", "mean", "square")                   # of a bucket, in a chec
 
 
 def read_shards(folder: str | Path, sizes: list[int]) -> list[dict]:
-    """What each rank saved, in order; the tensors stay on the disk until they are used.
+    """What each rank saved, in order; the tensors stay on the disk until they are used. Damage is
+    found before, in lib/checkpoint.py.
 
     sizes: of our buckets. Raises FileNotFoundError unless the files of one N are all there, and
-    ValueError for one that does not fit."""
+    ValueError for those of another model."""
     found = sorted(file.name for file in Path(folder).glob("optimiser-*-of-*.pt"))
     expected = [f"optimiser-{number}-of-{len(found)}.pt" for number in range(len(found))]
     if not found or found != sorted(expected):
         raise FileNotFoundError(f"{folder}: expected optimiser-0-of-N.pt, -1-of-N.pt, .. of one N, "
                                 f"found {', '.join(found) or 'none'}")
     states = []
-    for number, name in enumerate(expected):
-        file = Path(folder) / name
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            head = [state["rank"], state["steps"], state["sizes"]]
-        except Exception as error:                      # torch.load raises many kinds
-            raise ValueError(f"{file}: not an optimiser's shard: {error}") from error
+    for name in expected:
+        state = torch.load(Path(folder) / name, map_location="cpu", weights_only=True, mmap=True)
+        if state["sizes"] != sizes:
+            raise ValueError(f"{folder}/{name}: expected bucket sizes {sizes}, "
+                             f"found {state['sizes']}")
         states.append(state)
-        ours = [number, states[0]["steps"], sizes]
-        if head != ours:
-            raise ValueError(f"{file}: expected rank, steps, bucket sizes {ours}, found {head}")
     return states
 
 

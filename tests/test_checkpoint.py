@@ -15,8 +15,8 @@ import torch
 
 from conftest import ROOT
 from lib import checkpoint
-from lib.checkpoint import (append, check_settings, checkpoints, choose_folder, keep_lines, newest,
-                            numbered)
+from lib.checkpoint import (append, check_settings, checkpoints, choose_folder, keep_lines,
+                            newest)
 from lib.shard import ShardedAdamW
 
 
@@ -50,13 +50,13 @@ def test_a_new_run_never_enters_a_folder_that_holds_one(tmp_path):
 
 
 def test_resume_goes_to_the_latest_run(tmp_path):
-    """By number, not by letters: -10 comes after -9. Other names that begin alike are others'."""
+    """Other names that begin alike are others'."""
     made_run(tmp_path / "mapo", 10)
     for end in ("-seed3", "-3b", "2", "-x-4"):
         made_run(tmp_path / f"mapo{end}", 50)
     assert choose_folder(tmp_path / "mapo", resume=True) == tmp_path / "mapo"
-    for end in ("-9", "-10"):
-        made_run(tmp_path / f"mapo{end}", 10)
+    for number in range(2, 11):
+        made_run(tmp_path / f"mapo-{number}", 10)
     assert choose_folder(tmp_path / "mapo", resume=True) == tmp_path / "mapo-10"
     made_run(tmp_path / "mapo-11")                                # died before its first checkpoint
     assert choose_folder(tmp_path / "mapo", resume=True) == tmp_path / "mapo-10"
@@ -70,7 +70,14 @@ def test_a_name_is_no_pattern(tmp_path):
         made_run(tmp_path / f"{name}-2", 1)
     made_run(tmp_path / "cxd-3", 1)
     for name in ("a[1]", "b*", "c.d"):
-        assert numbered(tmp_path / name) == [tmp_path / name, tmp_path / f"{name}-2"]
+        assert choose_folder(tmp_path / name, resume=True) == tmp_path / f"{name}-2"
+
+
+def test_an_evaluation_is_a_run(tmp_path):
+    """Neither train.py nor eval.py begins where eval.py's predictions are."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/predictions-3.jsonl").touch()
+    assert choose_folder(tmp_path / "eval", resume=False) == tmp_path / "eval-2"
 
 
 def test_nothing_to_resume_is_named(tmp_path):
@@ -286,16 +293,15 @@ def test_a_kill_while_lines_are_dropped_loses_none(number, tmp_path, monkeypatch
 
 
 def test_the_demonstration(tmp_path, monkeypatch, capsys):
-    """What a run's folder holds; a folder without a run is named."""
+    """What a run's checkpoint holds; a folder without one is named."""
     append(tmp_path / "metrics.jsonl", LINES)
     Trained().save(tmp_path, 4)
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path)])
     runpy.run_path(str(ROOT / "lib/checkpoint.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert f"5 steps; the model is {tmp_path}/step-000004" in said
     assert "bytes  step-000004/optimiser-1/optimiser-0-of-1.pt" in said
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="none: holds no run"):
+    with pytest.raises(SystemExit, match="none: holds no checkpoint"):
         runpy.run_path(str(ROOT / "lib/checkpoint.py"), run_name="__main__")
 
 

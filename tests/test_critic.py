@@ -61,13 +61,6 @@ def test_gae_ignores_padding_and_what_the_environment_wrote():
     assert torch.allclose(target, torch.tensor([[1., 0., 1.], [0., .5, 0.], [0.] * 3]))
 
 
-@pytest.mark.parametrize("reward, values, mask", [
-    ([[0., 1.]], [[0., 0.]], [[T, F]]), ([0.], [[0., 0.]], [[T, T]]), ([[0.]], [[0., 0.]], [[T]])])
-def test_gae_refuses_a_reward_that_would_be_lost(reward, values, mask):
-    with pytest.raises(ValueError, match="expected reward, .* at the agent's tokens only; found"):
-        gae(torch.tensor(reward), torch.tensor(values), torch.tensor(mask))
-
-
 def test_gae_carries_no_gradient():
     values = torch.zeros(1, 2, requires_grad=True)
     assert not any(x.requires_grad for x in gae(torch.ones(1, 2), values, torch.ones(1, 2)))

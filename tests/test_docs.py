@@ -19,7 +19,9 @@ from tiny.world import World, world_questions
 
 sys.path.insert(0, str(ROOT / "docs"))
 import experiments
+import mapo
 import record
+import train
 import vague
 
 
@@ -99,62 +101,79 @@ def test_intervals_by_hand():
 
 
 def test_differences_are_taken_seed_by_seed():
-    """Credit by look is worse by 0, .1, 0, .1, ..: .05 in the mean, with the standard deviation
-    .05345. t(7) .05345 / sqrt 8 = .045. The seeds themselves differ more."""
+    """gspo is worse by .1, .2, .1, .2, .1: .14 in the mean, with the standard deviation .05477.
+    t(4) .05477 / sqrt 5 = .068. The seeds themselves differ more."""
     def accuracy(row, seed):
-        return .5 + seed / 20 - (seed % 2 / 10 if "look" in row else 0)
-    runs = of_part("credit", accuracy=accuracy)
-    lines = experiments.table("credit", experiments.COLUMNS["end"], runs[::-1])
+        return .5 + seed / 20 - (.1 + seed % 2 / 10 if row == "gspo" else 0)
+    runs = of_part("longer", accuracy=accuracy)
+    lines = experiments.table("longer", experiments.COLUMNS["end"], runs[::-1])
     assert lines[0].startswith("| start s, code c | seeds | accuracy, greedy | accuracy, sampled")
-    assert lines[-1].startswith("| mapo - mapo, credit look, paired | 8 | **0.050 ± 0.045** |")
+    assert lines[-2].startswith("| mapo - gspo, paired | 5 | **0.140 ± 0.068** |")
 
 
 def test_a_lacking_value_is_counted_out():
     """A run that never looked has no gap: the difference says how many seeds it has."""
-    runs = of_part("credit")
+    runs = of_part("longer")
     runs[0]["results"]["after greedy"] = {"categories": {"all": {"accuracy": .5, "gap": None}}}
-    lines = experiments.table("credit", experiments.COLUMNS["end"], runs)
-    assert lines[-1].split(" | ")[4:7] == ["0.000 ± 0.000", "0.000 ± 0.000 (7 seeds)",
+    lines = experiments.table("longer", experiments.COLUMNS["end"], runs)
+    assert lines[-1].split(" | ")[4:7] == ["0.000 ± 0.000", "0.000 ± 0.000 (4 seeds)",
                                            "0.000 ± 0.000"]
 
 
 def test_the_pooled_effect():
-    """Coupling gives .03 to gspo, .06 to grpo, .0 to dapo: .03 in the mean, in every seed."""
-    gains = {"gspo + beta 0.4, aim": .03, "grpo + beta 0.4, aim": .06}
-    runs = of_part("table", accuracy=lambda row, seed: .5 + gains.get(row, 0) + seed / 1000)
-    lines = experiments.table("table", experiments.COLUMNS["end"], runs)
+    """The score gives .03 to gspo, .06 to grpo, .0 to dapo: .03 in the mean, in every seed."""
+    gains = {"gspo + S": .03, "grpo + S": .06}
+    runs = of_part("coupling", accuracy=lambda row, seed: .5 + gains.get(row, 0) + seed / 1000)
+    lines = experiments.table("coupling", experiments.COLUMNS["end"], runs)
     found = {line.split(" | ")[0][2:]: line.split(" | ")[1:3] for line in lines}
     assert found["the three pooled"] == ["16", "**0.030 ± 0.000**"]
-    assert found["grpo: coupled - not"] == ["16", "**0.060 ± 0.000**"]
-    assert found["gspo + beta 0.4, aim - ppo, paired"] == ["16", "**0.030 ± 0.000**"]
+    assert found["grpo: with S - without"] == ["16", "**0.060 ± 0.000**"]
+
+
+def test_the_row_of_mapo_is_that_of_the_experiments():
+    """The options that the experiments spell out are those of `--algo mapo`, and the size of the
+    tables is that of the default run."""
+    spelt = train.parse_config((experiments.MAPO + experiments.SMALL + "400").split())
+    default = train.parse_config([])
+    mine, row = mapo.ALGORITHMS["mapo"], mapo.ALGORITHMS[spelt.algo]
+    assert (mine.beta, mine.credit, mine.ratio) == (spelt.beta, spelt.credit, row.ratio)
+    assert (mine.mean, mine.std, mine.critic) == (row.mean, row.std, row.critic)
+    assert mine.clip_low == pytest.approx(spelt.clip * row.clip_low)
+    assert mine.clip_high == pytest.approx(spelt.clip * row.clip_high)
+    for name in ("questions", "steps", "group", "updates", "lr", "eval_questions"):
+        assert getattr(spelt, name) == getattr(default, name)
 
 
 def test_a_table_takes_one_start_and_one_code():
-    """The newest pair that has all rows and seeds, whole; a newer one that lacks a run does not
-    count, and lines without a code are one code of their own."""
-    old, new = of_part("credit", ("s", "c"), lambda *_: .2), of_part("credit", ("s", "d"))
-    (pair, group) = experiments.chosen("credit", old + new[:-1])
-    assert pair == ("s", "c") and len(group["mapo"]) == 8
+    """The pair that has all rows in the most seeds, and the newer of equals; a seed that a row
+    lacks is left out; fewer than three are no table. Lines without a code are one code."""
+    old, new = of_part("longer", ("s", "c"), lambda *_: .2), of_part("longer", ("s", "d"))
+    (pair, group) = experiments.chosen("longer", old + new[:-1])
+    assert pair == ("s", "c") and len(group["mapo"]) == 5
     assert {run["code"] for of_seed in group.values() for run in of_seed.values()} == {"c"}
-    assert experiments.chosen("credit", new + old)[0] == ("s", "c")
-    assert experiments.chosen("credit", old + new)[0] == ("s", "d")
-    assert experiments.chosen("credit", new[:-1])[1] == {}
-    assert experiments.table("credit", experiments.COLUMNS["end"], new[:-1]) == []
+    assert experiments.chosen("longer", new + old)[0] == ("s", "c")
+    assert experiments.chosen("longer", old + new)[0] == ("s", "d")
+    group = experiments.chosen("longer", new[:-1])[1]
+    assert all(list(of_seed) == [200, 201, 202, 203] for of_seed in group.values())
+    assert experiments.chosen("longer", new[:-3])[1] == {}
+    assert experiments.table("longer", experiments.COLUMNS["end"], new[:-3]) == []
     for run in old[:3]:
         del run["code"]
-    assert experiments.chosen("credit", old)[1] == {}
+    assert experiments.chosen("longer", old)[1] == {}
 
 
 def test_what_is_missing(monkeypatch):
     """All runs, seed by seed; not those of this start and code; a run of two parts once."""
     monkeypatch.setattr(experiments, "present", lambda: ("s", "c"))
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
-    assert counts["dev"] == 11 * 8 and counts["table"] == 8 * 16 and counts["default"] == 3 * 5
-    assert len(experiments.missing(["five", "credit"], [])) == 5 * 5 + 2 * 8 - 5
-    assert [seed for *_, seed in experiments.missing(["credit"], [])] == sorted(2 * list(range(8)))
-    done = of_part("credit")[3:] + of_part("credit", ("s", "other"))
-    left = experiments.missing(["credit"], done)
-    assert [(row, seed) for row, _, seed in left] == [("mapo", 0), ("mapo", 1), ("mapo", 2)]
+    assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
+                      "luck": 8 * 3}
+    assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
+    seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
+    assert seeds == sorted(3 * list(range(200, 205)))
+    done = of_part("longer")[3:] + of_part("longer", ("s", "other"))
+    left = experiments.missing(["longer"], done)
+    assert [(row, seed) for row, _, seed in left] == [("mapo", 200), ("mapo", 201), ("mapo", 202)]
 
 
 def test_development_shares_nothing_with_what_is_reported():
@@ -175,27 +194,27 @@ def test_expected_time_by_hand():
 
 def test_the_page_keeps_its_text(tmp_path, monkeypatch):
     """Only the table below a marker is drawn again; a part without all its runs has none."""
-    page = "# A\n\n<!-- credit: end -->\n{}\nWords.\n\n| a | table |\n|---|---|\n| of | ours |\n"
+    page = "# A\n\n<!-- longer: end -->\n{}\nWords.\n\n| a | table |\n|---|---|\n| of | ours |\n"
     monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
     experiments.PAGE.write_text(page.replace("{}", "| old |\n|---|\n"))
     assert experiments.page([]) == page.replace("{}\n", "\n")
-    runs = of_part("credit")
-    table = "\n".join(experiments.table("credit", experiments.COLUMNS["end"], runs))
+    runs = of_part("longer")
+    table = "\n".join(experiments.table("longer", experiments.COLUMNS["end"], runs))
     assert experiments.page(runs) == page.replace("{}", table + "\n")
 
 
 def test_what_is_said_beforehand(tmp_path, monkeypatch, capsys):
-    """16 runs of a minute each, two at a time."""
+    """15 runs of a minute each, two at a time."""
     monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
     experiments.PAGE.write_text("# A\n")
-    monkeypatch.setattr(experiments, "read_runs", lambda: of_part("credit", ("s", "older")))
+    monkeypatch.setattr(experiments, "read_runs", lambda: of_part("longer", ("s", "older")))
     trained = []
     monkeypatch.setattr(experiments, "train_all", lambda jobs, count: trained.extend(jobs))
     experiments.main([])
     assert not trained
-    experiments.main(["--run", "credit"])
-    assert capsys.readouterr().out.startswith("16 runs, 2 side by side: about 8 min (")
-    assert len(trained) == 16
+    experiments.main(["--run", "longer"])
+    assert capsys.readouterr().out.startswith("15 runs, 2 side by side: about 8 min (")
+    assert len(trained) == 15
 
 
 TRAINER = """
@@ -209,15 +228,23 @@ steps = [json.dumps(dict.fromkeys(names, 1 / 3)) for _ in range(2)]
 (out / "metrics.jsonl").write_text("\\n".join(steps) + "\\n")
 if given["--seed"] == "7":
     sys.exit("the seed 7 is unlucky")
+"""
+
+JUDGE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 (out / "results.json").write_text(json.dumps({"after greedy": {"accuracy": 2 / 3}}))
 """
 
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """A fake train.py, which ends at once, and folders of its own. Seed 7 fails."""
+    """A fake train.py and a fake judge, which end at once, and folders of their own. Seed 7
+    fails."""
     (tmp_path / "train.py").write_text(TRAINER.replace("{names}", repr(record.CURVES)))
+    (tmp_path / "judge.py").write_text(JUDGE)
     monkeypatch.setattr(record, "TRAIN", [sys.executable, str(tmp_path / "train.py")])
+    monkeypatch.setattr(record, "JUDGE", [sys.executable, str(tmp_path / "judge.py")])
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "experiments.jsonl")
     monkeypatch.setattr(record, "present", lambda: ("s", "c"))
@@ -319,7 +346,7 @@ def test_every_equation_that_is_cited_exists():
 # ---- the house -----------------------------------------------------------------------------------
 
 LEVELS = (("mapo", "tools", "lib"), ("tiny.world",), ("rollout",), ("reward",), ("show",),
-          ("eval",), ("train",), ("tiny.build",), ("docs",), ("tests",))
+          ("eval",), ("train",), ("docs",), ("tests",))
 
 
 def module(path: Path) -> str:
@@ -402,8 +429,8 @@ def test_scripts_show_their_help(path, monkeypatch, capsys):
 
 def test_the_vague_demonstrator(policy):
     """About half of its labels are "the object"; names and boxes stay; the demonstrator of
-    tiny/build.py is left as it was."""
-    from tiny import build
+    docs/build.py is left as it was."""
+    import build
     samples, pairs = vague.Vague(policy, 7).demonstrations(40, miss=.7)
     texts = [policy.decode(tokens.ids) for tokens, _ in samples]
     labels = re.findall(r'"label": "(.*?)"', "\n".join(texts))

@@ -2,7 +2,6 @@
 
 Skipped where verl or datasets is not installed; docs/engines/verl_check.py names the packages."""
 import asyncio
-import base64
 import io
 import json
 import sys
@@ -142,12 +141,11 @@ def convert():
 
 @pytest.fixture(scope="module")
 def source(questions, tmp_path_factory):
-    """Questions of the world; and an open one in base64, of a JPEG, with nothing but the need."""
+    """Questions of the world; and an open one, of a JPEG, with nothing but the need."""
     path = write_jsonl(questions, tmp_path_factory.mktemp("questions"))
-    jpeg = io.BytesIO()
-    Image.linear_gradient("L").save(jpeg, "JPEG")
-    record = {"image": base64.b64encode(jpeg.getvalue()).decode(), "answer": "<5",
-              "question": 'Was heißt "42"?\n  Zeile 2'}
+    jpeg = path.with_name("gradient.jpg")
+    Image.linear_gradient("L").save(jpeg)
+    record = {"image": str(jpeg), "answer": "<5", "question": 'Was heißt "42"?\n  Zeile 2'}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return path

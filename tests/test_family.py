@@ -288,7 +288,6 @@ def three_steps(policy, trajectories, share=None, algo="mapo", micro_tokens=10**
     advantage = spread(value[share], mine)
     if row.critic:
         run.critic = Critic(policy)
-        run.critic.optimiser.close()
         run.critic.optimiser = shard.ShardedAdamW(list(run.critic.head.parameters()), eps=1e-4)
         paid = torch.zeros(advantage.shape)
         for i, trajectory in enumerate(mine):
@@ -298,7 +297,6 @@ def three_steps(policy, trajectories, share=None, algo="mapo", micro_tokens=10**
     for step in (10, 11, 12):                           # after the warm-up
         totals = accumulate(policy, optimiser, batch, row, config)
         stats.append(take_step(run, batch, totals, step))
-    optimiser.close()
     found = parameters + (list(run.critic.head.parameters()) if run.critic else [])
     found = torch.cat([p.detach().flatten() for p in found])
     with torch.no_grad():

@@ -254,17 +254,19 @@ def test_gspo_with_an_advantage_for_each_token():
 # ---- the table -----------------------------------------------------------------------------------
 
 def test_rows_of_the_table():
-    """Each row's numbers as its paper publishes them."""
+    """Each row's numbers as its paper publishes them; MAPO's clip range is ten times GSPO's."""
     rows = mapo.ALGORITHMS
     ranges = {name: (row.clip_low, row.clip_high) for name, row in rows.items()}
-    assert ranges == {"mapo": (.2, .2), "grpo": (.2, .2), "dr_grpo": (.2, .2), "dapo": (.2, .28),
-                      "gspo": (3e-4, 4e-4), "ppo": (.2, .2)}
+    assert ranges == {"mapo": (3e-3, 4e-3), "grpo": (.2, .2), "dr_grpo": (.2, .2),
+                      "dapo": (.2, .28), "gspo": (3e-4, 4e-4), "ppo": (.2, .2)}
     dapo = rows["dapo"]
     assert (dapo.mean, dapo.max_draws, dapo.overlong, dapo.std) == ("token", 10, .2, True)
     assert [name for name, row in rows.items() if row.critic] == ["ppo"]
     assert [name for name, row in rows.items() if row.beta] == ["mapo"] and rows["mapo"].beta == .4
+    assert {name: row.credit for name, row in rows.items() if row.credit != "trajectory"} \
+        == {"mapo": "aim"}
     assert [name for name, row in rows.items() if row.max_draws > 1 or row.overlong] == ["dapo"]
-    assert [name for name, row in rows.items() if row.ratio == "sequence"] == ["gspo"]
+    assert [name for name, row in rows.items() if row.ratio == "sequence"] == ["mapo", "gspo"]
 
 
 def test_dapo_by_hand():

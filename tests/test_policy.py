@@ -3,7 +3,6 @@ They, their gradients, the positions and the hidden states are those of independ
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
 from lib import policy as policy_module
-from lib.policy import Policy, TokenLogprobs, Tokens, allowed_logits, causal, mrope_positions
+from lib.policy import Policy, TokenLogprobs, Tokens, causal, log_softmax, mrope_positions
 from tools import fit
 
 
@@ -145,11 +144,11 @@ def test_a_large_vocabulary(scale):
     weight = torch.randn(151_936, 16, generator=dice) * scale / 4
     targets, banned = torch.arange(6) + 7, torch.tensor([0, 5])
     logp, entropy = TokenLogprobs.apply(hidden, weight, targets, banned, 1., 4)
-    exact = allowed_logits(hidden, weight, banned, 1.).double().log_softmax(-1)
+    logits = (hidden @ weight.T).index_fill(-1, banned, -1e30)
+    exact = logits.double().log_softmax(-1)
     assert (entropy - -(exact.exp() * exact).sum(-1)).abs().max() < 1e-5
     assert (logp - exact.gather(-1, targets[:, None])[:, 0]).abs().max() < 1e-5
-    head = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
-    sampled_from = Policy.log_softmax(SimpleNamespace(model=head, banned=banned), hidden, 1.)
+    sampled_from = log_softmax(hidden, weight, banned, 1.)
     assert (sampled_from - exact).abs()[:, 6:].max() < 1e-5
 
 
@@ -187,8 +186,6 @@ def test_positions_by_hand():
                          (1, 2, 3), (4, 4, 4), (4, 4, 5), (6, 6, 6)] and end == 7
     later, _ = mrope_positions([5, 9, 9], [(1, 2)], image_id=9, start=10)
     assert later == [(10, 10, 10), (11, 11, 11), (11, 11, 12)]
-    with pytest.raises(ValueError, match="3 image placeholders.*must agree"):
-        mrope_positions([9, 9, 9], [(2, 2)], image_id=9)
 
 
 def test_who_attends_to_whom_by_hand():
@@ -369,4 +366,5 @@ def test_the_demonstration(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     policy_module.demonstrate()
     said = capsys.readouterr().out
-    assert "'<|image_pad|>'" in said and float(said.split()[-1].rstrip(".")) < 1e-4
+    assert "(4, 5, 6)                    '<|image_pad|>'" in said
+    assert float(said.splitlines()[-1].split()[-2]) > -1

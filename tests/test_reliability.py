@@ -15,8 +15,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "docs"))
 import reliability
 from lib import benchmarks, data
+from lib.page import read_run
 from lib.policy import Policy
-from lib.views import read_run
 from tools import Answer, Call, ToolError, parse
 
 

@@ -173,14 +173,6 @@ def test_a_large_image_is_not_held(policy, questions, script, monkeypatch):
         assert one.looks[0].crop.tobytes() == other.looks[0].crop.tobytes()
 
 
-def test_a_question_that_is_too_long_is_named(policy, questions, monkeypatch):
-    monkeypatch.setattr(policy, "positions", 60)
-    long = dataclasses.replace(questions[0], text="vee " * 60, id="7")
-    assert collect(policy, questions[:1])[0].turns
-    with pytest.raises(ValueError, match="question 7: .* tokens .* has 60 positions"):
-        collect(policy, [questions[0], long])
-
-
 def test_equal_calls_share_a_crop(policy, questions, script):
     """Equal but for the label: one crop. Another box or another question: another crop."""
     renamed, moved = CALL.replace("red", "blue"), CALL.replace("24, 24", "24, 25")
@@ -219,3 +211,11 @@ def test_the_demonstration(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "tokens of the prompt" in said and "tokens of the tool's response" in said
     assert "ended by answer" in said
+
+
+def test_a_question_that_is_too_long_is_named(policy, questions, monkeypatch):
+    monkeypatch.setattr(policy, "positions", 60)
+    long = dataclasses.replace(questions[0], text="vee " * 60, id="7")
+    assert collect(policy, questions[:1])[0].turns
+    with pytest.raises(ValueError, match="question 7: .* tokens .* has 60 positions"):
+        collect(policy, [questions[0], long])

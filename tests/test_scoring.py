@@ -99,7 +99,7 @@ def test_no_answer_and_other_questions():
     for benchmark in ("V*", "HR-Bench", "MME-RealWorld-Lite"):
         question = ask(benchmark, "red", "blue", "green", "white", "none")
         assert chosen(question, None) is chosen_by_us(question, None) is None
-        assert not correct(question, None) and not correct(question, None, "ours")
+        assert not correct(question, None) and not correct(question, None, ours=True)
     own = Question("Which?", "red", None, ("red", "blue"))
     assert chosen(own, "b") == chosen_by_us(own, "b") == 1 and chosen(own, "It is B.") is None
 
@@ -107,12 +107,10 @@ def test_no_answer_and_other_questions():
 def test_the_two_rules_of_right():
     """The reference compares letters; ours takes an option with the same text for right, too."""
     twins = ask("HR-Bench", "3", "4", "5", "5", answer="C")
-    assert correct(twins, "C") and correct(twins, "C", "ours")
-    assert not correct(twins, "D") and correct(twins, "D", rule="ours")
+    assert correct(twins, "C") and correct(twins, "C", ours=True)
+    assert not correct(twins, "D") and correct(twins, "D", ours=True)
     assert correct(ask("V*", "red", "blue"), "It is red.")
-    assert not correct(ask("V*", "red", "blue"), "It is red.", "ours")
-    with pytest.raises(ValueError, match="reference or ours, found 'theirs'"):
-        correct(twins, "D", "theirs")
+    assert not correct(ask("V*", "red", "blue"), "It is red.", ours=True)
 
 
 def test_options_are_asked_as_vlmevalkit_asks():

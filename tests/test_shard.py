@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lib.shard import (STATES, RankFailed, ShardedAdamW, agree, all_sum, cleanup, demonstrate, even,
-                       launch, named, rank, ranks, read_shards, setup, squared, together)
+                       launch, named, rank, ranks, read_shards, setup, together)
 
 ROWS = list(range(24))
 DATA = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
@@ -129,16 +129,14 @@ def test_micro_batches_add_up():
     assert (parameters - by_torch()[0]).abs().max() < 1e-6
 
 
-def test_gradients_are_freed_and_given_back():
-    """After backward no parameter holds a gradient; after close() it does again."""
+def test_gradients_are_freed():
+    """After a micro-batch no parameter holds a gradient; the optimiser has their sum."""
     net = network()
     optimiser = sharded(net)
     loss(net, [3, 4], True).backward()
-    assert all(p.grad is None for p in net.parameters())
+    expected = sum(p.grad.square().sum().item() for p in net.parameters() if p.grad is not None)
     optimiser.finish_micro_batch()
-    optimiser.close()
-    loss(net, [3, 4], True).backward()
-    expected = sum(p.grad.square().sum().item() for p in net.parameters())
+    assert all(p.grad is None for p in net.parameters())
     assert optimiser.norm() ** 2 == pytest.approx(expected, rel=1e-5)
 
 
@@ -155,13 +153,11 @@ def test_bf16_updates_are_not_lost():
     assert (p == 1 - 1 / 256).all() and shares[0] == 0 and sum(shares) == 1
 
 
-def test_two_backwards_in_one_micro_batch_are_refused():
+def test_a_backward_that_failed_half_way_is_forgotten():
     net = network()
     optimiser = sharded(net)
-    loss(net, [0]).backward()
-    with pytest.raises(RuntimeError, match="finish_micro_batch"):
-        loss(net, [0]).backward()
-    norm = steps(net, optimiser, 1, [([1], False)])         # and it goes on as if nothing was
+    loss(net, [0]).backward()                               # and no finish_micro_batch
+    norm = steps(net, optimiser, 1, [([1], False)])
     assert norm == ours([([1], False)], 1)[1]
 
 
@@ -182,12 +178,12 @@ def test_tied_weights_have_one_gradient():
     assert torch.allclose(optimiser.buckets[0].gradient.view(4, 4), expected)
 
 
-def test_squared_norm_of_many_elements():
-    """Ones beyond 2^24, where adding in float32 stops (expand() costs no memory). And values of
-    very different size."""
-    assert squared(torch.ones(1).expand(2**26 + 5)).item() == pytest.approx(2**26 + 5, rel=1e-6)
+def test_norm_of_many_elements():
+    """Of very different size; norm() itself, on the CPU, adds one after the other."""
     x = torch.randn(10**6, generator=torch.Generator().manual_seed(0)) ** 5
-    assert squared(x).item() == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+    optimiser = ShardedAdamW([torch.nn.Parameter(x)])
+    optimiser.buckets[0].gradient.copy_(x)
+    assert optimiser.norm() == pytest.approx(x.double().norm().item(), rel=1e-6)
 
 
 def test_alone_all_is_local():
@@ -364,7 +360,7 @@ def test_resharding_moves_numbers_and_changes_none(folder):
 def test_a_mismatch_on_one_rank_is_everybodys_error(seen):
     mine = seen[0]["mismatch"]
     assert mine.startswith("ValueError")
-    assert "expected rank, steps, bucket sizes [0, 2, [1]]" in mine
+    assert "optimiser-0-of-" in mine and "expected bucket sizes [1], found [" in mine
     for other in seen[1:]:
         assert other["mismatch"].startswith(f"RankFailed rank 0 of {len(seen)}: ValueError")
 
@@ -381,34 +377,6 @@ def test_missing_shards_are_named(files, words, folder, tmp_path):
         (tmp_path / f"optimiser-{name}.pt").write_bytes(shard)
     with pytest.raises(FileNotFoundError, match=words):
         sharded(network()).load(tmp_path)
-
-
-@pytest.mark.parametrize("damage, words", [
-    ("garbage", "optimiser-1-of-2.pt: not an optimiser's shard"),
-    ("half", "optimiser-1-of-2.pt: not an optimiser's shard"),
-    ("other dictionary", "optimiser-1-of-2.pt: not an optimiser's shard"),
-    ("rank 0's", r"optimiser-1-of-2.pt: expected rank, .* \[1, 2, .* found \[0, 2"),
-    ("older", r"optimiser-1-of-2.pt: expected rank, steps, .* \[1, 2, .* found \[1, 1,")])
-def test_damaged_shards_are_named(damage, words, folder, tmp_path):
-    """The optimiser that wanted to load them is as it was."""
-    first, second = (folder / f"after-2/optimiser-{r}-of-2.pt" for r in (0, 1))
-    file = tmp_path / "optimiser-1-of-2.pt"
-    (tmp_path / first.name).write_bytes(first.read_bytes())
-    if damage == "garbage":
-        file.write_bytes(b"not a shard")
-    elif damage == "half":
-        file.write_bytes(second.read_bytes()[:2000])
-    elif damage == "other dictionary":
-        torch.save({"step": 2}, file)
-    elif damage == "rank 0's":
-        file.write_bytes(first.read_bytes())
-    else:
-        torch.save(torch.load(second, weights_only=True) | {"steps": 1}, file)
-    net = network()
-    optimiser = sharded(net)
-    with pytest.raises(ValueError, match=words):
-        optimiser.load(tmp_path)
-    assert torch.equal(values(net), values(network())) and optimiser.steps == 0
 
 
 # ---- a rank that fails ---------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from eval import evaluate
 from lib.data import choose, holds
 from lib.policy import Policy
 from reward import grounded, measure, outcome
-from tiny.build import (SIDE, Source, around, build_tokenizer, clip_loss, demonstration, imitate,
-                        in_original, see_batch, tokenizer_corpus)
 from tiny.world import COLOURS, MARKS, SHAPES, World, world_questions
-from tools import Answer, Call, parse
+from tools import Answer, Call, fit, parse
+
+sys.path.insert(0, str(ROOT / "docs"))
+from build import (SIDE, Source, around, build_tokenizer, clip_loss, demonstration, draw_overview,
+                   imitate, in_original, see_batch, tokenizer_corpus)
 
 
 # ---- the committed agent -------------------------------------------------------------------------
@@ -42,6 +44,13 @@ def test_the_tokenizer_is_the_one_that_is_built():
     """From nothing but the world's questions and demonstrations."""
     built = build_tokenizer(tokenizer_corpus(seed=0)).backend_tokenizer.to_str()
     assert json.loads(built) == json.loads((ROOT / "tiny/tokenizer.json").read_text())
+
+
+def test_the_fast_overview(policy):
+    """Within one grey level of the scene, reduced."""
+    for question in world_questions(World(coarse=.5, comparison=0), 0, "cold", 0, 6):
+        fast = np.asarray(draw_overview(*question.open.args)).astype(int)
+        assert abs(fast - np.asarray(fit(question.open(), policy.resolution))).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,7 @@ def test_demonstrations_are_valid(miss):
         assert choose(answer.text, question.choices) is not None
         for call, (_, box) in zip(calls, turns):
             plate = question.objects[call.label.removeprefix("the ")]
-            assert plate in question.boxes and call.bbox == box
+            assert plate in question.boxes and call.arguments["bbox_2d"] == box
             assert holds(in_original(box), plate) == (not miss)
         if not miss:
             assert outcome(question, answer.text) == 1
@@ -238,9 +247,9 @@ def test_info_nce_one_pair_at_a_time(policy):
 # ---- the build -----------------------------------------------------------------------------------
 
 def test_build_a_few_steps(tmp_path):
-    """`python -m tiny.build` runs all four stages from nothing, in two processes, and leaves a
+    """`python docs/build.py` runs all four stages from nothing, in two processes, and leaves a
     directory that loads. Each stage moved what it trains, and nothing else."""
-    command = [sys.executable, "-m", "tiny.build", "--out", str(tmp_path / "t"), "--scale", "0.001"]
+    command = [sys.executable, "docs/build.py", "--out", str(tmp_path / "t"), "--scale", "0.001"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     before = Policy(tmp_path / "t-empty").model.state_dict()

@@ -52,7 +52,6 @@ class Learner:
         """Flat, in the order of the parameters; and the statistics."""
         optimiser = shard.ShardedAdamW(self.parameters)
         totals = accumulate(self.policy, optimiser, batch, row, Config(**settings))
-        optimiser.close()
         parts = {}
         for bucket in optimiser.buckets:
             for p, span in zip(bucket.parameters, bucket.spans):

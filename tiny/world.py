@@ -55,14 +55,8 @@ class World:
     clutter: int = 4          # grey bars on the ground, which carry nothing
 
     def __post_init__(self):
-        if not 2 <= self.objects <= GRID * GRID:
-            raise DataError(f"objects: expected 2 to {GRID * GRID}, found {self.objects}")
         if self.options != 0 and not 2 <= self.options <= len(MARKS):
             raise DataError(f"options: expected 0 or 2 to {len(MARKS)}, found {self.options}")
-        shares = self.comparison, self.coarse
-        if not (min(shares) >= 0 and sum(shares) <= 1):
-            raise DataError(f"comparison and coarse: expected shares with a sum of at most 1, "
-                            f"found {self.comparison} and {self.coarse}")
 
 
 @dataclass(frozen=True)
@@ -153,41 +147,6 @@ def draw_scene(things: list[Thing], clutter: int = 0, seed: int = 0,
     return canvas
 
 
-def draw_overview(things: list[Thing], clutter: int = 0, seed: int = 0) -> Image.Image:
-    """draw_scene(..) reduced BLOCK times, within one grey level.
-
-    Only for the cold start, with its hundred thousand scenes: less than a tenth of the time."""
-    pixels = reduced_ground().copy()
-    for x, y, width, height in bars(clutter, seed):
-        pixels[y:y + height, x:x + width] = CLUTTER
-    for thing in things:
-        picture = reduced_sprite(thing.shape, thing.colour, thing.mark, thing.half)
-        x, y, half = (v // BLOCK for v in (*thing.centre, thing.half))
-        square = pixels[y - half:y + half, x - half:x + half]
-        square += picture[..., :3] - picture[..., 3:] * square
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-@functools.cache
-def reduced_ground() -> np.ndarray:
-    return block_means(np.asarray(ground()))
-
-
-@functools.cache
-def reduced_sprite(shape: str, colour: str, mark: str, half: int) -> np.ndarray:
-    """The share of each overview pixel that an object covers, last, and its colour times that."""
-    pixels = np.asarray(sprite(shape, colour, mark, half)).astype(float)
-    pixels[..., 3] /= 255
-    pixels[..., :3] *= pixels[..., 3:]
-    return block_means(pixels)
-
-
-def block_means(pixels: np.ndarray) -> np.ndarray:
-    """(h, w, c) -> (h / BLOCK, w / BLOCK, c)."""
-    h, w, c = pixels.shape
-    return pixels.reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK, c).mean((1, 3))
-
-
 # ---- questions -----------------------------------------------------------------------------------
 
 def world_question(world: World, seed: int, split: str, index: int) -> Question:
@@ -257,9 +216,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Save some questions of the embedded world.")
     parser.add_argument("--out", default="runs/world", help="folder of pictures, questions.jsonl")
     parser.add_argument("--n", type=int, default=12, help="how many")
-    parser.add_argument("--options", type=int, default=4, help="of a question, 0 or 2 to 8")
     args = parser.parse_args()
-    questions = world_questions(World(options=args.options), 0, "test", start=0, count=args.n)
+    questions = world_questions(World(), 0, "test", start=0, count=args.n)
     file = write_jsonl(questions, args.out)
     for question in questions:
         print(f"{question.category:18} {question.prompt!r} -> {question.answer}")

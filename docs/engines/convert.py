@@ -83,12 +83,8 @@ def fields(question: Question) -> dict:
 
 
 def picture(question: Question) -> dict:
-    """The bytes of the file, or those that its base64 says."""
-    return {"bytes": question.open(read_bytes), "path": None}
-
-
-def read_bytes(source: Path | io.BytesIO) -> bytes:
-    return source.read_bytes() if isinstance(source, Path) else source.read()
+    """The bytes of the file."""
+    return {"bytes": question.open(Path.read_bytes), "path": None}
 
 
 def back(source: Path, folder: Path) -> Path:
