@@ -1,4 +1,4 @@
-"""Scores -> returns -> advantages -> loss: MAPO, and GRPO, DAPO, GSPO, PPO as rows of one table.
+"""Scores -> returns -> advantages -> loss: MAPO, GRPO and its kin, and PPO as rows of one table.
 
 What it teaches: *where* the semantic score enters. A group of G trajectories answers one question.
 Trajectory i has an outcome r_i in [0, 1]: was the answer right? A turn t of it that looks has a
@@ -72,7 +72,7 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     R = coupled_return(r, S, beta)                                            # (N,)
     sigma = R.view(-1, group).std(1, correction=0).repeat_interleave(group)   # (N,)
     scale = 1 / (sigma + 1e-6) if std else torch.ones_like(sigma)
-    scale = torch.where(sigma > 1e-6, scale, 0.)          # equal returns: rounding is no signal
+    scale = torch.where(sigma > 1e-6, scale, 0.)          # equal returns, but for their rounding
     if credit == "trajectory":
         return (R - group_mean(R, group)) * scale
     if credit == "look":
@@ -94,16 +94,6 @@ def check(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: float, la
 
 
 # ---- credit: which turns does the score pay? -----------------------------------------------------
-#
-# A_it before the division by std R, with b for beta and r' for r_i - mean r of the group:
-#
-#               a look in turn t                          an answer after looks   never looked
-# trajectory    R_i - mean R                              R_i - mean R            R_i - mean R
-# look, eq. 5   (1 - b) r' + b (S from t on - mean S)     (1 - b) r'              R_i - mean R
-# aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
-#
-# R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
-# error is paid like the look after it by look, and like an answer by aim.
 
 CREDITS = ("trajectory", "look", "aim")
 
@@ -136,15 +126,26 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 
         A_it = (1 - beta) (r_i - mean r) + beta (s_it - mean of s_jt over the looks of turn t)  (6)
 
-    A look is compared with the group's other looks in the same turn: the score says where to
-    look, the outcome how often. A turn without a look has no score term; a trajectory that never
-    looked has - beta mean S in all its turns, so looking stays better than not looking."""
+    A look is compared with the mean of the group's looks in the same turn: the score says where to
+    look, the outcome how often. A turn without a look has no score term. A trajectory that never
+    looked has - beta mean S in all its turns: on the average a look is better than none."""
     counts = group_mean(looked.float(), group)                                # (N, T)
     mean = group_mean(scores * looked, group) / counts.clamp(min=1e-8)
     aim = torch.where(looked.bool(), scores - mean, 0.)                       # (N, T)
     never = ~looked.any(1, keepdim=True)
     aim = torch.where(never, -group_mean(S, group)[:, None], aim)
     return (1 - beta) * (r - group_mean(r, group))[:, None] + beta * aim
+
+
+# Side by side, before the division by std R, with b for beta and r' for r_i - mean r:
+#
+#               a look in turn t                          an answer after looks   never looked
+# trajectory    R_i - mean R                              R_i - mean R            R_i - mean R
+# look, eq. 5   (1 - b) r' + b (S from t on - mean S)     (1 - b) r'              R_i - mean R
+# aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
+#
+# R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
+# error has, under "look", the advantage of the look that follows; under "aim", that of an answer.
 
 
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
@@ -198,16 +199,16 @@ def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tenso
 class Algorithm:
     """One row: how scores become a return, and how far one batch may move the policy.
 
-    The row of MAPO is the coupling on GSPO's ratio, with ten times GSPO's clip range. The paper
-    leaves base and credit open; docs/experiments.md says how they were chosen."""
+    The row of MAPO is the coupling on GSPO's ratio, with ten times GSPO's clip range. What we could
+    read of the paper leaves base and credit open; docs/experiments.md says how they were chosen."""
     beta: float = 0.            # weight of the semantic score, eq. 2; composes with every row
     credit: str = "trajectory"  # which turns the score pays; composes with every row, too
     std: bool = True            # divide by the group's standard deviation, eq. 3
-    ratio: str = "token"        # of each token, or "sequence": the mean over the trajectory
+    ratio: str = "token"        # of each token, or "sequence": the geometric mean over a row
     mean: str = "trajectory"    # every trajectory weighs the same, or "token": every token does
     clip_low: float = .2
     clip_high: float = .2
-    max_draws: int = 1          # draws at most: others replace groups without signal; 1: none do
+    max_draws: int = 1          # of questions for a step; > 1: replaces groups without signal
     overlong: float = 0.        # share of the length limit over which eq. 7's penalty ramps
     critic: bool = False        # a value head gives the advantage, not the group: lib/critic.py
 
@@ -218,7 +219,7 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(std=False, mean="token"),                       # arXiv 2503.20783
     "dapo": Algorithm(mean="token", clip_high=.28, max_draws=10, overlong=.2),     # 2503.14476
     "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # arXiv 2507.18071
-    "ppo": Algorithm(std=False, mean="token", critic=True),              # arXiv 1707.06347
+    "ppo": Algorithm(mean="token", critic=True),                         # arXiv 1707.06347
 }
 
 
@@ -244,8 +245,8 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
 
 
 def demonstrate() -> None:
-    """Five stories of one question, and what each row of the table makes of them, all with credit
-    by trajectory: one number a story."""
+    """Five stories of one question, and what each row of the table makes of them: first with credit
+    by trajectory, one number a story; then, for MAPO, a look and an answer by each credit."""
     stories = ["looked well, right", "looked well, misread", "looked badly, lucky",
                "looked badly, wrong", "never looked, lucky"]
     r = torch.tensor([1., 0, 1, 0, 1])
@@ -260,7 +261,18 @@ def demonstrate() -> None:
         cells = "".join(f"{column[i]:12.2f}" for column in columns.values())
         print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}{cells}")
     print("GRPO pays all right answers alike; "
-          "MAPO tells the look that earned the answer from the guess that hit it.")
+          "MAPO tells the look that earned the answer from the guess that hit it.\n")
+
+    scores, looked = (torch.cat([x, torch.zeros(5, 1)], 1) for x in (scores, looked))   # + answers
+    print(f"{'mapo, by credit':22}" + "".join(f"{credit:>18}" for credit in CREDITS))
+    print(" " * 22 + f"{'look':>11}{'answer':>7}" * 3)
+    of_credit = []
+    for credit in CREDITS:
+        A = advantages(r, scores, looked, 5, beta=.4, credit=credit)      # (5,) or (5, 3)
+        A = A[:, None].expand(5, 3) if credit == "trajectory" else A
+        of_credit.append(A)
+    for i, story in enumerate(stories):
+        print(f"{story:22}" + "".join(f"{A[i, 0]:11.2f}{A[i, 2]:7.2f}" for A in of_credit))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 What it teaches: two signals of different kind. The outcome r is exact but sparse, and luck and
 misreading blur it. The semantic score s is dense, one number a look, but only as good as the
 encoder. No CLIP model is needed: the *frozen base model* summarises a text or a crop "in one word",
-and the two last hidden states are compared (E5-V, arXiv 2407.12580).
+and the last hidden state of each is compared (E5-V, arXiv 2407.12580).
 
     cos(l, x) = cosine of embed(label l) and embed(crop x)                         (8)
     contrast(l, x) = (cos(l, x) - mean cos(l, x')) / std cos(l, x')                (9)
     s(l, x) = sigmoid(sharpness (contrast(l, x) - threshold))                      (10)
 
 Eq. 9: mean and std are over reference crops x'. This defeats vague labels: a label that fits all
-crops alike has contrast 0 on the average, where s is 0.05 (docs/vague.md).
+crops alike has contrast 0, and there s is 0.05 (docs/vague.md).
 Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand; docs/score.md
 judges them.
 
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from lib import benchmarks
 from lib.data import Question, choose, holds, normalise, shows
-from lib.labels import MAX_LABEL_CHARS, MAX_LABEL_WORDS
 from lib.policy import Policy, Tokens, distinct
 from rollout import Trajectory, Turn
 from tiny.world import World, world_questions
@@ -61,7 +60,8 @@ class Scorer:
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None):
         """Reference crops are cut at random from these questions' images, two an image, with sides
-        of 1/8 to 1/2 of it: they need no annotation. None: 64 questions of the embedded world."""
+        of 1/8 to 1/2 of it: they need no annotation. None: 64 questions of the embedded world, far
+        behind those that any run trains on."""
         self.policy = policy
         rng, crops = np.random.default_rng(0), []
         for question in questions or world_questions(World(), 0, "train", 10**6, 64):
@@ -107,28 +107,13 @@ def crop_at(policy: Policy, image: Image.Image, box: tuple) -> Image.Image:
     return run_tool(image, Call(ZOOM, "", {"bbox_2d": box}), seen, policy.resolution)[0]
 
 
-def score_looks(trajectories: list[Trajectory], scorer: Scorer, describe: str = "before") -> None:
-    """Write each look's semantic score into its turn. describe: which words are scored, those
-    "before" the look, its label, or those "after" it, when the crop has been seen."""
-    looks, labels = [], []
-    for trajectory in trajectories:
-        for k, turn in enumerate(trajectory.turns):
-            if turn.crop_tokens:
-                looks.append(turn)
-                after = describe == "after"
-                labels.append(said_after(trajectory, k) if after else turn.call.label)
+def score_looks(trajectories: list[Trajectory], scorer: Scorer) -> None:
+    """Write the semantic score of each look, its label against its crop, into its turn."""
+    looks = [turn for t in trajectories for turn in t.turns if turn.crop_tokens]
     if looks:
-        scores = scorer(labels, [turn.crop_tokens for turn in looks])
-        for turn, score in zip(looks, scores.tolist()):
+        labels, crops = [turn.call.label for turn in looks], [turn.crop_tokens for turn in looks]
+        for turn, score in zip(looks, scorer(labels, crops).tolist()):
             turn.score = score
-
-
-def said_after(trajectory: Trajectory, k: int) -> str:
-    """The first words of the thought that follows turn k, as long as a label may be."""
-    if k + 1 == len(trajectory.turns):
-        return "nothing"
-    thought = trajectory.turns[k + 1].text[:2000].removeprefix("<think>").split("</think>")[0]
-    return " ".join(thought.split()[:MAX_LABEL_WORDS])[:MAX_LABEL_CHARS] or "nothing"
 
 
 def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:

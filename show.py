@@ -3,8 +3,8 @@
 What it teaches: look at what an agent does before you believe its numbers. A film strip has one
 frame for each look. On its left is the overview, as coarse as the agent saw it, with the box of the
 look; on its right is the crop that came back. Below them stand the label, which the agent wrote
-before it saw the crop, and the look's semantic score. The page has curves, tables, the same
-held-out questions at several steps, and trajectories to page through.
+before it saw the crop, and the semantic score of the look, if it has one. The page has curves,
+tables, the same held-out questions at several steps, and trajectories to page through.
 
 Run it:  python show.py                               # one trajectory of tiny/ in text; 7 s
          python show.py --model runs/mapo --index 3   # its film strip is in runs/show.png
@@ -182,17 +182,26 @@ def write_gif(frames: list[Image.Image], file: Path) -> None:
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def replay(saved: dict, question: Question) -> Trajectory:
-    """A saved trajectory, its looks carried out again; without tokens."""
-    image, turns = question.open(), []
+def restore(saved: dict, question: Question) -> Trajectory:
+    """The trajectory of a saved line (eval.record): what was said, done and scored, without tokens
+    and crops."""
+    turns = []
     for turn in saved["turns"]:
-        if turn["tool"]:
-            call = Call(turn["tool"], turn["label"], turn["arguments"])
-            crop, box = page.look_again(image, turn, saved["space"])
-            crop = page.coarse(crop, turn["crop"], SIDE)
-            turns.append(Turn(turn["text"], slice(0, 0), call, box, crop, score=turn["score"]))
+        call = turn["tool"] and Call(turn["tool"], turn["label"], turn["arguments"])
+        turns.append(Turn(turn["text"], slice(0, 0), call, turn["box"], error=turn["error"],
+                          message=turn.get("message", ""), score=turn["score"]))
     return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
                       turns, saved["answer"], saved["end"])
+
+
+def replay(saved: dict, question: Question) -> Trajectory:
+    """The same, and its looks are carried out again."""
+    image, trajectory = question.open(), restore(saved, question)
+    for turn, line in zip(trajectory.turns, saved["turns"]):
+        if turn.call:
+            crop, turn.box = page.look_again(image, line, saved["space"])
+            turn.crop = page.coarse(crop, line["crop"], SIDE)
+    return trajectory
 
 
 # ---- runs as text --------------------------------------------------------------------------------
@@ -261,7 +270,7 @@ def change(found: dict, how: str, name: str) -> str:
 def show_one(args: argparse.Namespace) -> None:
     """A trajectory of a model, in text and as a film strip."""
     torch.set_num_threads(1)
-    policy = Policy(args.model)
+    policy = Policy(newest(args.model))
     question = world_question(World(), seed=0, split="test", index=args.index)
     t = collect(policy, [question], temperature=0.)[0]
     print(transcript(policy, t))
@@ -281,18 +290,18 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="without runs: a model directory")
     parser.add_argument("--index", type=int, default=0, help="of the held-out question")
     args = parser.parse_args()
-    if not args.runs:
-        if args.text or args.gif:
-            parser.error("--text and --gif: expected the folder of a run")
-        return show_one(args)
+    if not args.runs and (args.text or args.gif):
+        parser.error("--text and --gif: expected the folder of a run")
     try:
-        if args.text:
+        if not args.runs:
+            show_one(args)
+        elif args.text:
             print(tell(args.runs[0], args.step))
         elif args.gif:
             print(write_animation(args.runs[0]))
         else:
             print(write_page(args.runs))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"show.py: {error}")
 
 

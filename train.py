@@ -15,7 +15,8 @@ measured, not punished), no asynchronous sampling, and the vision tower is froze
 is encoded once and serves sampling, training and the semantic score.
 
 Run it:  python train.py                              # MAPO on the embedded agent
-         python train.py --algo grpo                  # the same without the semantic score
+         python train.py --beta 0                     # the same without the semantic score
+         python train.py --algo grpo                  # GRPO, another row of mapo.ALGORITHMS
          python train.py --resume --steps 80          # goes on from the newest checkpoint
          torchrun --nproc-per-node 2 train.py         # two processes share the questions
          python train.py --help                       # every setting
@@ -65,11 +66,10 @@ class Config:
     model: str = option("tiny", "model directory, or a run: where training starts; it also scores")
     out: str = option("", "the run's folder; default: runs/ and what differs from the defaults")
     algo: str = option("mapo", f"one of {', '.join(mapo.ALGORITHMS)}")
-    beta: float = option(-1., "weight of the semantic score; default: the algorithm's")
+    beta: float = option(None, "weight of the semantic score; None: the algorithm's")
     lam: float = option(.95, "discount of earlier looks in the trajectory's score")
-    credit: str = option("", "which turns the score pays: trajectory, look or aim; default: the "
-                             "algorithm's")
-    describe: str = option("before", "the words that are scored: before the look, or after it")
+    credit: str = option(None, "trajectory, look or aim: which turns the score pays; None: the "
+                               "algorithm's")
     steps: int = option(30, "batches of trajectories")
     questions: int = option(8, "questions a step")
     group: int = option(8, "trajectories a question")
@@ -98,7 +98,7 @@ class Config:
 
     def __post_init__(self):
         row = mapo.ALGORITHMS.get(self.algo, mapo.Algorithm())
-        self.beta = row.beta if self.beta == -1 else self.beta
+        self.beta = row.beta if self.beta is None else self.beta
         self.credit = self.credit or row.credit
 
 
@@ -115,8 +115,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
     config = Config(**vars(parser.parse_args(arguments)))
     allowed = {"algo": tuple(mapo.ALGORITHMS), "credit": mapo.CREDITS,
-               "describe": ("before", "after"), "dtype": ("float32", "bfloat16"),
-               "coordinates": ("", "pixels", "1000")}
+               "dtype": ("float32", "bfloat16"), "coordinates": ("", "pixels", "1000")}
     for name, values in allowed.items():
         if getattr(config, name) not in values:
             expected = ", ".join(value for value in values if value)
@@ -277,7 +276,7 @@ class Questions:
         places = [divmod(i, len(self.file)) for i in range(start, start + count)]
         return [self.file[self.order(epoch)[place]] for epoch, place in places]
 
-    @functools.lru_cache(maxsize=2)
+    @functools.lru_cache(maxsize=2)         # an epoch's order is drawn once
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.file), generator=generator).tolist()
@@ -313,10 +312,10 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
     wanted = config.questions // shard.ranks() * config.group
     for draw in range(run.algorithm.max_draws):
         questions = run.stream(step, draw)[shard.rank()::shard.ranks()]
-        questions = questions[:(wanted - len(kept)) // config.group]
+        questions = questions[:(wanted - len(kept)) // config.group]      # as many as are missing
         part = collect(run.policy, questions, config.group, config.max_turns, config.max_tokens,
                        config.temperature, run.generator)
-        score_looks(part, run.scorer, config.describe)
+        score_looks(part, run.scorer)
         sampled += part
         signal = signal_of(part, config).repeat_interleave(config.group).tolist()
         kept += [t for t, s in zip(part, signal) if s or run.algorithm.max_draws == 1]
@@ -338,7 +337,7 @@ def token_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Advantage of each token (N, L - 1); column j speaks of token j + 1."""
     config, algorithm = run.config, run.algorithm
     r, s, looked = rewards(trajectories)
-    if algorithm.overlong:                         # only where there is a signal beside the length
+    if algorithm.overlong:                         # length alone must not make a signal
         limit = config.max_turns * config.max_tokens
         lengths = torch.tensor([sum(t.mask) for t in trajectories])
         penalty = mapo.overlong_penalty(lengths, limit, round(algorithm.overlong * limit))
@@ -358,7 +357,7 @@ class Batch:
     """The trajectories of a step, as tensors (N, L - 1)."""
     trajectories: list[Trajectory]
     advantage: Tensor
-    old_logp: Tensor                # when they were sampled
+    old_logp: Tensor                # log-probabilities at sampling
     weight: Tensor                  # w of eq. 4; sums to 1 over all ranks
 
 
@@ -458,11 +457,11 @@ def judge(run: Run, policy: Policy) -> dict[str, list[Trajectory]]:
     """This rank's part of the held-out questions, answered greedily and sampled."""
     mine, config = run.tests[shard.rank()::shard.ranks()], run.config
     quiet = no_bar(config)
-    # no more side by side than in a rollout, which fits in memory
+    # at most 64 side by side, and no more than in a rollout, which fits in memory
     batch = min(64, config.questions // shard.ranks() * config.group)
     answers = {}
     with shard.together():
-        for name, temperature in (("greedy", 0.), ("sampled", 1.)) if mine else ():
+        for name, temperature in (("greedy", 0.), ("sampled", 1.)):
             answers[name] = evaluate(policy, mine, run.scorer, temperature, 0, config.max_turns,
                                      config.max_tokens, batch, quiet)
     return answers
@@ -528,6 +527,7 @@ def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: l
     checkpoint.append(run.out / "metrics.jsonl", [metrics])
     for i in sorted({0, 1, config.group} & set(range(len(batch.trajectories)))):
         trajectory, advantage = batch.trajectories[i], batch.advantage[i]
+        # that of a turn's last token, token span.stop - 1, stands one column before it
         of_turns = [round(advantage[turn.span.stop - 2].item(), 4) for turn in trajectory.turns]
         line = {"step": step + 1, "advantage": of_turns, **record(trajectory)}
         checkpoint.append(run.out / "trajectories.jsonl", [line])

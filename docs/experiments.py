@@ -3,8 +3,8 @@
 Every run is `python train.py` with the options that `parts` lists; docs/record.py trains them, and
 docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
 seeds that all its rows have, so a series may be stopped at any time and goes on where it was. On
-the page a table stands below a line `<!-- part: columns -->` (end, speed, sources, or seeds). The
-text around them is written by hand.
+the page a table stands below a line `<!-- part: columns -->`, end or speed. The text around them is
+written by hand.
 
 Run it:  python docs/experiments.py                       # draws the tables of docs/experiments.md
          python docs/experiments.py --run table           # first trains what this part lacks
@@ -34,12 +34,7 @@ COLUMNS = {
             "both seen": ("sampled", "hit", "comparison")},
     "speed": {"accuracy, steps 1-20": "accuracy", "hit, steps 1-20": "hit",
               "gap, steps 1-20": "gap", "lucky, steps 1-20": "lucky",
-              "groups with signal": "signal_groups", "trajectories a step": "sampled"},
-    "sources": {"one object: hit": ("sampled", "hit", "direct_attributes"),
-                "one object: accuracy": ("sampled", "accuracy", "direct_attributes"),
-                "two objects: accuracy": ("sampled", "accuracy", "comparison"),
-                "coarse to fine: accuracy": ("sampled", "accuracy", "coarse_to_fine"),
-                "all: right with a hit": ("sampled", "right", "all")}}
+              "groups with signal": "signal_groups", "trajectories a step": "sampled"}}
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -139,10 +134,7 @@ def value(run: dict, column: str | tuple[str, str, str]) -> float | None:
         values = [v for v in run["curves"][column][:20] if v is not None]
         return statistics.mean(values) if values else None
     how, measure, questions = column
-    m = run["results"][f"after {how}"]["categories"][questions]
-    if measure == "right":                     # of the trajectories that saw all the evidence
-        return m["accuracy"] * (1 - (m["lucky"] or 0)) / m["hit"] if m["hit"] else None
-    return m[measure]
+    return run["results"][f"after {how}"]["categories"][questions][measure]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -193,17 +185,6 @@ def table(name: str, columns: dict, runs: list[dict]) -> list[str]:
     return lines
 
 
-def by_seed(name: str, runs: list[dict]) -> list[str]:
-    """Looks at two objects in each run: most runs end with one look or with two, and a mean between
-    them is typical of none."""
-    _, group = chosen(name, runs)
-    lines = ["| looks at two objects | each seed |", "|---|---|"] if group else []
-    for row, of_seed in group.items():
-        looks = [value(run, COLUMNS["end"]["looks at two objects"]) for run in of_seed.values()]
-        lines.append(f"| {row} | {', '.join(f'{mean:.2f}' for mean in looks)} |")
-    return lines
-
-
 def page(runs: list[dict]) -> str:
     """The page as it stands, with its tables drawn again."""
     lines, old_table = [], False
@@ -214,7 +195,7 @@ def page(runs: list[dict]) -> str:
         lines.append(line)
         if marker := re.fullmatch(r"<!-- (\w+): (\w+) -->", line):
             name, kind = marker.groups()
-            lines += by_seed(name, runs) if kind == "seeds" else table(name, COLUMNS[kind], runs)
+            lines += table(name, COLUMNS[kind], runs)
             old_table = True
     return "\n".join(lines) + "\n"
 

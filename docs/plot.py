@@ -17,17 +17,12 @@ from record import read_runs
 from show import write_page
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("table", "five")       # of docs/experiments.py: the newer comparison, once it is there
-MOST = 6                        # rows: the page has as many patterns of lines
 
 
 def rows_of(runs: list[dict]) -> dict[str, list[dict]]:
-    """Row -> its runs, one a seed, of the first of PARTS that has all its runs."""
-    for part in PARTS:
-        _, group = chosen(part, runs)
-        if group:
-            return {row: list(group[row].values()) for row in list(group)[:MOST]}
-    raise ValueError(f"docs/experiments.jsonl: expected all runs of one of {PARTS}; found none")
+    """Row -> its runs, one a seed, of the six algorithms."""
+    _, group = chosen("table", runs)
+    return {row: list(of_seed.values()) for row, of_seed in group.items()}
 
 
 def means(runs: list[dict]) -> list[dict]:

@@ -192,7 +192,7 @@ def chosen(question: Question, answer: str | None) -> int | None:
 
 def chosen_by_vlmevalkit(answer: str, choices: tuple[str, ...]) -> int | None:
     """Its rule without a judge: the only letter, if among the last four words; else the only text.
-    When the API has failed, it looks for a text alone."""
+    VLMEvalKit writes API_FAILED where a model could not be asked: then the text alone counts."""
     if API_FAILED not in answer:
         words = answer.translate(SIGNS).split()
         named = [letter for letter in LETTERS[:len(choices)] if letter in words]

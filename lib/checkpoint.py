@@ -2,7 +2,7 @@
 the steps since the last checkpoint.
 
     runs/mapo/metrics.jsonl          a line a step
-    runs/mapo/step-000050/           the newest checkpoint, which is also the model: a standard
+    runs/mapo/step-000030/           the newest checkpoint, which is also the model: a standard
                                      directory, and beside it what `--resume` needs
 
 What it teaches: a run can be killed at any moment. A checkpoint is written aside, and gets its name
@@ -40,8 +40,8 @@ def holds_a_run(folder: Path) -> bool:
 
 
 def choose_folder(folder: Path, resume: bool) -> Path:
-    """Where a run goes: a new one into the first of folder, folder-2, folder-3, .. that holds none,
-    a resumed one to the latest checkpoint before that.
+    """Where a run goes: a new one into the first of folder, folder-2, folder-3, .. that holds none;
+    a resumed one into the last of those before it that has a checkpoint.
 
     Raises FileNotFoundError if there is nothing to resume."""
     new, taken = folder, []

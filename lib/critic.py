@@ -11,7 +11,7 @@ the environment writes is no step.
           V_near = V_old + clip(V - V_old, -c, c)
 
 Eq. 11: generalised advantage estimation (arXiv 1506.02438); after the last token V is 0.
-Eq. 12: PPO's paper has the plain square. The clip keeps V near V_old; it is its released code's.
+Eq. 12: PPO's paper has the plain square. The clip keeps V near V_old; it comes from their code.
 
 Run it:  python -m lib.critic           # the advantages of one trajectory for three gae_lam
 """
@@ -33,7 +33,8 @@ def gae(reward: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.,
     in which token j is chosen. Returns advantage and target, 0 off the mask."""
     own = mask.bool()
     advantage = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros(2, len(values))
+    next_value = torch.zeros(len(values))
+    next_advantage = torch.zeros(len(values))
     for j in reversed(range(values.shape[1])):
         delta = reward[:, j] + gamma * next_value - values[:, j]
         here = delta + gamma * gae_lam * next_advantage

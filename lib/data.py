@@ -6,7 +6,7 @@ What it teaches: what a look and an answer are judged by.
   It `shows` the box if it is also close enough to read it.
 - *What does the answer name?* An option is named by its text, by its letter, or by both (`choose`).
 
-Your own questions stand in a .jsonl file, one object a line (here: two lines):
+Your own questions stand in a .jsonl file, one object a line (broken here):
 
     {"image": "a.png", "question": "What is on the sign?", "answer": "42", "choices": ["42", "17"],
      "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}

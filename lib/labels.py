@@ -66,7 +66,7 @@ def is_vague(words: list[str]) -> bool:
     """Only words of VAGUE: also as "0bjéct", and what is left also in pieces, as "ob ject"."""
     vague = {fold(word) for word in VAGUE}
     left = fold("".join(word for word in words if fold(word) not in vague))
-    parts = "|".join(word for word in vague if len(word) > 2)   # "in box" is none of them
+    parts = "|".join(word for word in vague if len(word) > 2)   # "inbox" is not in pieces
     return re.fullmatch(f"({parts})*", left) is not None
 
 

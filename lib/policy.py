@@ -154,8 +154,9 @@ class Policy:
         """The language model over rows of tokens, padded at their ends.
 
         Returns the last hidden states (B, L, D), which columns are real (B, P + L), and each row's
-        next free position. If a cache holds P earlier columns, `past` (B, P) says which of them
-        are real, and `starts` where each row's positions go on."""
+        next free position. The last three arguments: an empty cache is filled; if one holds P
+        earlier columns, `past` (B, P) says which of them are real, and `starts` where each row's
+        positions go on."""
         positions, ends = [], []
         for tokens, start in zip(batch, starts or [0] * len(batch)):
             row, end = mrope_positions(tokens.ids, tokens.grids, self.image_id, start)
@@ -196,15 +197,17 @@ class Policy:
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
         """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
-        A prompt that several rows share (the same object) is computed once, but for its last token:
+        A prompt that several rows share (the same object) is computed once. Its last token P is
+        left out: its state is needed in each row, where it chooses the row's first own token.
 
-            once    p p     then the rows   (p p) P a a       (..): keys and values in the cache,
-                    q q                     (p p) P b         repeated for each row; the gradients
-                                            (q q) Q c c       of all rows add up in them.
-            P, Q: the prompt's last token. Its state chooses the row's first own token a, b, c."""
+            computed once    p p         cached, once a row    p p     the rows    P a a
+                             q q                               p p                 P b
+                                                               q q                 Q c c
+
+        The gradients of all rows add up in the keys and values that they share."""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
-        once = Cache(layer_class_to_replicate=Repeatable)
+        once = Cache(layer_class_to_replicate=Repeatable)       # makes its layers as they are met
         _, past, ends = self.hidden(openings, cache=once)
 
         rows = torch.tensor(which, device=self.device)
@@ -399,9 +402,9 @@ def distinct(items: list) -> tuple[list, list[int]]:
 
 
 class Repeatable(DynamicLayer):
-    """A cache's layer for training: `past` keys and values, and those that come now. With
-    recompute_layers a layer runs twice, and DynamicLayer would append the new keys twice. Here an
-    update starts from `past` again."""
+    """A cache's layer for training: `past` keys and values, and those that come now. A DynamicLayer
+    grows in place. With recompute_layers a layer runs twice, and would append the new keys twice.
+    Here an update starts from `past` again."""
 
     def __init__(self, *past: Tensor):
         super().__init__()

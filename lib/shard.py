@@ -1,7 +1,7 @@
 """ZeRO-2 by hand: every rank has all the weights, and 1/N of everything that the optimiser needs.
 
 What it teaches: why a 3B model does not fit where its weights do, and the two collectives that make
-it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; stage 2):
+it fit. Bytes a parameter with N ranks between two steps (ZeRO-2, arXiv 1910.02054, sec. 3 and 5):
 
                               N ranks       1     2     8
     weights, bf16             2             2     2     2
@@ -10,15 +10,19 @@ it fit. Bytes a parameter with N ranks (ZeRO, arXiv 1910.02054, sec. 3 and 5; st
     Adam's moments, float32   8 / N         8     4     1
     in all                    2 + 16 / N   18    10     4   (a run's frozen base has 2 more)
 
+Weights in float32, as in the default run, have 4 bytes, the base as well.
+
 1. After each backward the gradients are summed over the ranks, in float32. Each rank keeps 1/N of
-   the sum (reduce-scatter) and adds it over micro-batches. The gradient itself is freed.
+   the sum (reduce-scatter) and adds it over micro-batches. The gradient itself, which is as large
+   as the weights, is freed.
 2. step: AdamW on the 1/N, in float32. An update of 1e-6 is lost in a bf16 weight of 0.1, but not in
    the master.
 3. The masters, cast to the model's dtype, become every rank's model again (all-gather).
 
-Why 1 and 2 ranks agree: the loss is a sum over trajectories whose weights are fixed beforehand, so
-its gradient is the sum of the gradients of any parts. AdamW treats each number by itself, so it
-does not matter which rank keeps which. Only rounding differs.
+Why 1 and 2 ranks agree on the same trajectories: the loss is a sum over them, with weights that are
+fixed beforehand, so its gradient is the sum of the gradients of any parts. AdamW treats each number
+by itself, so it does not matter which rank keeps which. Only rounding differs. (In training each
+rank samples its own trajectories, so a run on two ranks is another run.)
 
 A collective must be joined by all ranks, in the same order, or they wait for ever. A rank may have
 fewer micro-batches than another, so `even` appends None, and for None it sends zeros.
@@ -94,7 +98,8 @@ def agree(error: Exception | None = None) -> None:
     """All ranks meet here. If one brings an error, all raise: it its own, the others RankFailed.
 
     A collective that one rank never joins could only time out. So the ranks meet in torchrun's
-    store, where one that failed, or is silent until the timeout, can be named."""
+    store, where one that failed, or is silent until the timeout, can be named. Each rank counts its
+    meetings: the k-th of one is the k-th of all."""
     if STORE:
         meeting = STORE.add(f"meetings of {rank()}", 1)
         STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
@@ -223,7 +228,7 @@ class ShardedAdamW:
         if ranks() > 1:
             for p in parameters:
                 dist.broadcast(p.detach(), 0)
-        self.buckets = pack(parameters[::-1], bucket)   # the last first, as in older checkpoints
+        self.buckets = pack(parameters[::-1], bucket)   # the last layers first
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
@@ -243,7 +248,8 @@ class ShardedAdamW:
 
     def norm(self) -> float:
         """Length of the whole gradient, the same on all ranks. (Not b.gradient.norm(): on the CPU
-        it adds one number after the other, and is half off over an embedding. sum() adds pairs.)"""
+        it adds one number after the other, and was wrong by half for an embedding. sum() adds
+        pairs.)"""
         return all_sum(sum(b.gradient.square().sum().item() for b in self.buckets)) ** .5
 
     def clip(self, limit: float) -> float:

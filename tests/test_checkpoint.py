@@ -249,7 +249,7 @@ def test_changed_settings_are_named(tmp_path):
     change."""
     (tmp_path / "train.json").write_text(json.dumps({"seed": 0, "lr": .1, "algo": "mapo",
                                                      "steps": 10}))
-    now = {"seed": 0, "lr": .1, "algo": "mapo", "steps": 20, "describe": "after"}
+    now = {"seed": 0, "lr": .1, "algo": "mapo", "steps": 20, "credit": "look"}
     check_settings(tmp_path, now, {"steps"})
     with pytest.raises(ValueError) as error:
         check_settings(tmp_path, now | {"seed": 1, "algo": "grpo"}, {"steps"})

@@ -358,6 +358,8 @@ def test_the_demonstration(capsys):
     said = capsys.readouterr().out
     assert "A, mapo" in said and "ppo" not in said
     assert said.count(" 0.82") >= 9 and said.count("-1.22") >= 6
+    credits = said.split("mapo, by credit")[1]
+    assert all(credit in credits for credit in mapo.CREDITS) and len(credits.splitlines()) == 7
 
 
 def test_imports_nothing_of_the_project():

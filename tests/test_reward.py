@@ -7,10 +7,9 @@ import torch
 
 from conftest import ROOT
 from lib.data import Question, holds
-from lib.labels import MAX_LABEL_CHARS, MAX_LABEL_WORDS
 from lib.policy import Tokens
 from reward import (SHARPNESS, THRESHOLD, Scorer, astray, crop_at, grounded, measure, outcome,
-                    rewards, said_after, score_looks)
+                    rewards, score_looks)
 from rollout import Trajectory, Turn
 from tiny.world import BLOCK, World, world_questions
 from tools import ZOOM, Call
@@ -206,27 +205,11 @@ def test_unknown_evidence_is_not_counted():
     assert m["hit"] is m["gap"] is m["lucky"] is None and m["accuracy"] == 1
 
 
-def test_words_after_a_look():
-    """The thought of the next turn, as long as a label may be; no thought is "nothing"."""
-    told = story("A", ("the red circle", CLOSE))
-    assert said_after(told, 0) == "a b" and said_after(told, 1) == "nothing"
-    told.turns[1].text = "<think></think>"
-    assert said_after(told, 0) == "nothing"
-    told.turns[1].text = "<think>" + "word " * 5000
-    assert said_after(told, 0) == " ".join(["word"] * MAX_LABEL_WORDS)
-    told.turns[1].text = "x" * 5000
-    assert said_after(told, 0) == "x" * MAX_LABEL_CHARS
-
-
-def test_describe_after_scores_the_next_thought(scorer, trajectories):
-    """With describe="after" the same crop is scored against the words that follow it."""
+def test_a_look_has_the_score_of_its_label_and_its_crop(scorer, trajectories):
     t = next(t for t in trajectories if t.looks and t.turns[0].call)
-    score_looks([t], scorer, describe="after")
-    after = scorer([said_after(t, 0)], [t.turns[0].crop_tokens]).item()
-    assert t.turns[0].score == pytest.approx(after, abs=1e-4)
-    score_looks([t], scorer)                             # the trajectories are shared: as before
-    before = scorer([t.turns[0].call.label], [t.turns[0].crop_tokens]).item()
-    assert t.turns[0].score == pytest.approx(before, abs=1e-4)
+    score_looks([t], scorer)
+    alone = scorer([t.turns[0].call.label], [t.turns[0].crop_tokens]).item()
+    assert t.turns[0].score == pytest.approx(alone, abs=1e-4)
 
 
 def test_area_under_curve_by_hand():

@@ -425,8 +425,8 @@ def test_every_row_takes_a_step(algo, tmp_path):
     assert line["grad_norm"] > 0 and line["kl"] < 1e-6 and line["changed"] > .5
 
 
-def test_credit_by_aim_and_words_after_the_look(tmp_path):
-    line = train(small(tmp_path / "run", credit="aim", describe="after"))
+def test_credit_by_aim(tmp_path):
+    line = train(small(tmp_path / "run", credit="aim"))
     assert line["grad_norm"] > 0 and 0 < line["semantic"] < 1
 
 
@@ -471,7 +471,7 @@ def test_an_empty_file_is_named(tmp_path):
 @pytest.mark.parametrize("arguments, name", [
     ([], "mapo"),
     (["--algo", "gspo", "--beta", "0.4", "--seed", "3"], "gspo-beta0.4-seed3"),
-    (["--credit", "look", "--describe", "after"], "mapo-creditlook-describeafter"),
+    (["--credit", "look", "--lam", "0.5"], "mapo-lam0.5-creditlook"),
     (["--data", "runs/world/questions.jsonl"], "mapo-dataquestions"),
     (["--model", "runs/mapo"], "mapo-modelmapo"),
     (["--steps", "9", "--save_every", "3", "--device", "cuda", "--recompute"], "mapo")])
@@ -488,16 +488,17 @@ def test_a_run_keeps_its_name_when_it_is_resumed():
     assert run_name(config) == run_name(Config()) == "mapo"
 
 
-def test_the_default_beta_is_the_algorithms():
+def test_default_beta_and_credit_are_the_algorithms():
     for algo, row in mapo.ALGORITHMS.items():
-        assert parse_config(["--algo", algo]).beta == row.beta
+        config = parse_config(["--algo", algo])
+        assert (config.beta, config.credit) == (row.beta, row.credit)
     assert parse_config(["--beta", "0"]).beta == 0
+    assert parse_config(["--credit", "look"]).credit == "look"
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--algo", "reinforce"], "--algo: expected one of mapo, grpo, dr_grpo, dapo, gspo, ppo; "),
     (["--credit", "turn"], "--credit: expected one of trajectory, look, aim; found 'turn'"),
-    (["--describe", "later"], "--describe: expected one of before, after; found 'later'"),
     (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16; found 'int8'"),
     (["--coordinates", "cm"], "--coordinates: expected one of pixels, 1000; found 'cm'"),
     (["--group", "1"], "--group: expected at least 2, found 1"),
