@@ -12,7 +12,8 @@ score s_it in [0, 1]: did the crop show what the agent said that it looks for?
 Eq. 1: the sums are over the turns that look; n_it is the number of looks after turn t. Later looks
 lead to the answer, so they weigh more. No look: S_i = 0.
 Eq. 2: the coupling. With beta = 0 this is GRPO (arXiv 2402.03300).
-Eq. 3: mean and std are those of the group. This is GRPO's advantage.
+Eq. 3: mean and std are those of the group. This is GRPO's advantage. With credit by look or by aim
+it becomes A_it, one for each turn (eq. 5, 6).
 Eq. 4: PPO's clipped surrogate, over the tokens j of the agent. ratio_ij is the token's probability
 under the new policy over that under the old one; the w_ij sum to 1 over the batch.
 
@@ -106,7 +107,7 @@ def look_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int
 
     S_it is eq. 1 over the looks from turn t on, so a look is not paid for the looks before it.
     An answer cannot change the looks before it: after a look it has S_it = mean S, so the score
-    neither pays nor blames it."""
+    neither pays nor blames it. That to answer is also not to look again, it leaves out."""
     S_rest = score_to_go(scores, looked, lam)                                 # (N, T)
     no_look_left = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
     S_rest = torch.where(no_look_left, group_mean(S, group)[:, None], S_rest)
@@ -145,7 +146,8 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 # aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
 #
 # R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
-# error has, under "look", the advantage of the look that follows; under "aim", that of an answer.
+# error has, under "look", the advantage of the look that follows, if one does; else, and under
+# "aim", that of an answer.
 
 
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
@@ -261,7 +263,9 @@ def demonstrate() -> None:
         cells = "".join(f"{column[i]:12.2f}" for column in columns.values())
         print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}{cells}")
     print("GRPO pays all right answers alike; "
-          "MAPO tells the look that earned the answer from the guess that hit it.\n")
+          "MAPO tells the look that earned the answer from the guess that hit it.\n"
+          "Here credit is by trajectory; dapo and gspo differ from grpo in eq. 4. "
+          "MAPO's own credit is aim:\n")
 
     scores, looked = (torch.cat([x, torch.zeros(5, 1)], 1) for x in (scores, looked))   # + answers
     print(f"{'mapo, by credit':22}" + "".join(f"{credit:>18}" for credit in CREDITS))

@@ -9,7 +9,9 @@ what the model can take; the agent sees it first.
 
     prompt -> [think, call]* -> crop or error -> .. -> [think, answer]*         * mask 1
 
-All conversations of a batch go on side by side; those that have answered leave it.
+All conversations of a batch go on side by side; those that have answered leave it. `Tokens` are ids
+with the features of the images in them (lib/policy.py); a `Session` samples the next turn of many
+conversations (lib/sampler.py).
 
 Run it:  python rollout.py      # one trajectory of tiny/, turn by turn; 6 s
 """

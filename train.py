@@ -10,14 +10,14 @@ is the loop; every line of it is a named step, and the steps follow in the same 
     step         AdamW, its states shared by the ranks                               (lib/shard.py)
 
 DAPO draws again where a group has no signal, and PPO has a critic instead of the group; both are
-rows of mapo.ALGORITHMS. What is left out: no KL penalty and no reference policy in the loss (kl is
-measured, not punished), no asynchronous sampling, and the vision tower is frozen, so that an image
-is encoded once and serves sampling, training and the semantic score.
+rows of mapo.ALGORITHMS. Left out: a KL penalty with its reference policy (kl is only measured), and
+asynchronous sampling. The vision tower is frozen, so that an image is encoded once and serves
+sampling, training and the semantic score.
 
 Run it:  python train.py                              # MAPO on the embedded agent
          python train.py --beta 0                     # the same without the semantic score
          python train.py --algo grpo                  # GRPO, another row of mapo.ALGORITHMS
-         python train.py --resume --steps 80          # goes on from the newest checkpoint
+         python train.py --resume --steps 60          # goes on from the newest checkpoint
          torchrun --nproc-per-node 2 train.py         # two processes share the questions
          python train.py --help                       # every setting
 """
@@ -549,7 +549,7 @@ def collapse(metrics: dict) -> str:
         return "no group had a signal: the step was skipped"
     if metrics["calls"] < .1:
         return ("the agent has stopped looking (fewer than 0.1 calls a trajectory): "
-                "raise --beta")
+                "raise --beta, or try --credit trajectory")
     if metrics["entropy"] < .005:
         return ("the policy is nearly deterministic (entropy below 0.005): "
                 "nothing is left to learn from")

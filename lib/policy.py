@@ -154,9 +154,8 @@ class Policy:
         """The language model over rows of tokens, padded at their ends.
 
         Returns the last hidden states (B, L, D), which columns are real (B, P + L), and each row's
-        next free position. The last three arguments: an empty cache is filled; if one holds P
-        earlier columns, `past` (B, P) says which of them are real, and `starts` where each row's
-        positions go on."""
+        next free position. A cache that is given gets L more columns. If it held P columns before,
+        `past` (B, P) says which of them are real, and `starts` where positions go on."""
         positions, ends = [], []
         for tokens, start in zip(batch, starts or [0] * len(batch)):
             row, end = mrope_positions(tokens.ids, tokens.grids, self.image_id, start)
@@ -207,7 +206,7 @@ class Policy:
         The gradients of all rows add up in the keys and values that they share."""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
-        once = Cache(layer_class_to_replicate=Repeatable)       # makes its layers as they are met
+        once = Cache(layer_class_to_replicate=Repeatable)       # a Repeatable() for each layer
         _, past, ends = self.hidden(openings, cache=once)
 
         rows = torch.tensor(which, device=self.device)
