@@ -9,7 +9,8 @@ Run it, in the environment of docs/references.py with these packages (15 s on a 
 
     pip install --no-deps cachetools torchdata uvicorn fastapi starlette peft
     pip install --no-deps opentelemetry-api opentelemetry-sdk opentelemetry-exporter-prometheus
-    python docs/engines/verl_check.py
+    python docs/engines/verl_check.py                          # and tiny/'s weights
+    python docs/engines/verl_check.py runs/mapo/step-000030    # those of a checkpoint
 """
 import asyncio
 import contextlib
@@ -30,7 +31,9 @@ from verl.tools.tool_registry import initialize_tools_from_config
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.model import get_hf_auto_model_class
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import TokenOutput
 
 import mapo
@@ -202,8 +205,24 @@ def compare(config, tool, count: int = 2, group: int = 4) -> dict[str, tuple[flo
     return found
 
 
+def load(folder: Path) -> int:
+    """Our model directory, read as verl's workers read it. Returns the number of its tensors.
+
+    Raises AssertionError if one of them is not ours."""
+    found = HFModelConfig(path=str(folder))
+    kind = get_hf_auto_model_class(found.hf_config)
+    model = kind.from_pretrained(folder, config=found.hf_config, dtype=torch.float32,
+                                 attn_implementation="sdpa")       # verl's own choice needs a GPU
+    theirs, ours = model.state_dict(), Policy(folder).model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    return len(ours)
+
+
 def demonstrate() -> None:
     (config, tool), count, group = prepare(), 4, 4
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tiny"
+    print(f"{folder}: verl reads its {load(folder)} tensors unchanged")
     print("verl's parser took the configuration: algorithm.mapo =", config.algorithm.mapo)
     found = compare(config, tool, count, group)
     print(f"{count} questions x {group}: verl's loop and rollout.collect wrote the same tokens")

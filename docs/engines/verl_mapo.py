@@ -188,7 +188,7 @@ def outcome_of(data_source: str, solution_str: str, ground_truth: str, extra_inf
 # ---- configuration -------------------------------------------------------------------------------
 
 OVERRIDES = """
-algorithm.adv_estimator=mapo +algorithm.mapo={beta:0.4,lam:0.95,credit:look}
+algorithm.adv_estimator=mapo +algorithm.mapo={beta:0.4,lam:0.95,credit:aim}
 actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
 actor_rollout_ref.actor.ppo_mini_batch_size=64
 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
