@@ -57,6 +57,7 @@ class Browser:
         return self
 
     def __exit__(self, *_) -> None:
+        self.post("", method="DELETE")          # the session: else Chromium outlives its driver
         self.driver.terminate()
         self.driver.wait()
         self.profile.cleanup()
