@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -129,18 +130,16 @@ def numbers(out: Path) -> dict:
 def judge(options: list[str]) -> None:
     """Ask the newest weights of a run the held-out questions, as train.py asks them; results.json.
     That train.py would ask the start first, the same in each run, takes a fifth of a run."""
-    from eval import evaluate, summary
+    import train as training
+    from eval import summary
     from lib.checkpoint import newest
     from lib.policy import Policy
     from reward import Scorer
-    from train import held_out, parse_config
-    config, results = parse_config(options), {}
-    questions, scorer = held_out(config), Scorer(Policy(newest(config.model)))
-    policy, batch = Policy(newest(config.out)), min(64, config.questions * config.group)
-    for how, temperature in (("greedy", 0.), ("sampled", 1.)):
-        answers = evaluate(policy, questions, scorer, temperature, 0, config.max_turns,
-                           config.max_tokens, batch)
-        results[f"after {how}"] = {"categories": summary(answers, questions)}
+    config = training.parse_config(options)
+    questions, scorer = training.held_out(config), Scorer(Policy(newest(config.model)))
+    run = SimpleNamespace(config=config, tests=questions, scorer=scorer)
+    answers = training.judge(run, Policy(newest(config.out)))
+    results = {f"after {how}": {"categories": summary(answers[how], questions)} for how in answers}
     (Path(config.out) / "results.json").write_text(json.dumps(results))
 
 

@@ -31,6 +31,7 @@ MAX_TURNS, MAX_CHOICES = 12, 26
 MAX_TRAJECTORIES = 150          # of all runs together, beside the watched ones
 MAX_STEPS, MAX_WATCHED = 20, 8  # of the watched questions
 MAX_POINTS = 500                # of a curve
+MAX_ROWS = 400                  # of results.json
 OVERVIEW, CROP = 320, 144       # longer side of a picture in pixels, at most
 CURVES = ("accuracy", "hit", "gap", "lucky", "semantic", "calls", "entropy", "signal_groups")
 COLUMNS = ("n", "accuracy", "hit", "gap", "lucky", "calls", "semantic")
@@ -56,6 +57,10 @@ def number(value: object) -> float | None:
 
 def listed(value: object) -> list:
     return value if isinstance(value, list) else []
+
+
+def inside(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 # ---- a run's folder ------------------------------------------------------------------------------
@@ -101,10 +106,9 @@ def raw_lines(files: Sequence[Path]) -> Iterator[bytes]:
 def parse(line: bytes) -> dict:
     """The object of a line; empty if a kill has torn the line, or it holds something else."""
     try:
-        saved = json.loads(line)
+        return inside(json.loads(line))
     except (ValueError, RecursionError):
         return {}
-    return saved if isinstance(saved, dict) else {}
 
 
 def read_evenly(files: Sequence[Path], limit: int) -> tuple[list[dict], int]:
@@ -149,10 +153,10 @@ def read_results(folder: Path) -> list[dict]:
     saved = parse(file.read_bytes()) if file.is_file() else {}
     for title, found in saved.items():
         when, _, how = text(title).partition(" ")
-        for category, measures in found["categories"].items():
-            values = {name: number(measures.get(name)) for name in COLUMNS}
+        for category, measures in inside(inside(found).get("categories")).items():
+            values = {name: number(inside(measures).get(name)) for name in COLUMNS}
             rows.append({"when": when, "how": how, "category": text(category), **values})
-    return rows
+    return rows[:MAX_ROWS]
 
 
 # ---- a saved trajectory -> its view --------------------------------------------------------------

@@ -309,7 +309,7 @@ def hostile_run(folder: Path) -> Path:
         {text: text for text in ATTACKS} | {"options": 4}))
     results = {text: {"categories": {text: {"n": value, "accuracy": value}}}
                for text, value in zip(ATTACKS, WRONG)}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | {"x": 1, "y": {"categories": 1}}))
     return folder
 
 
