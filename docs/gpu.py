@@ -48,7 +48,7 @@ LIMITS = {"sampler - trainer, log-probability": (1e-4, .5),            # float32
 
 def checks(write, config: Config, small: bool, folder: Path) -> None:
     """tiny/ on the device against itself, and against the CPU in float32."""
-    questions = world_questions(World(), 0, "test", 0, 2 if small else 32)
+    questions = world_questions(World(), 0, "test", 0, 2 if small else 16)
     sides = [begin("tiny", config, folder), begin("tiny", Config(), folder)]
     here, texts, logps, gradients = sides[0], [], [], []
     for run in sides:

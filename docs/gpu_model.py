@@ -30,7 +30,9 @@ import mapo
 import rollout
 from lib import checkpoint
 from lib.batches import spread
+from lib.graph import GraphSession
 from lib.policy import Policy
+from lib.sampler import Session
 from lib.shard import ShardedAdamW
 from reward import Scorer, score_looks
 from tiny.world import World, world_questions
@@ -38,6 +40,7 @@ from tools import ZOOM, Call, run_tool
 from train import Batch, Config, accumulate, take_step, to_batch
 
 MAPO, DICE = mapo.ALGORITHMS["mapo"], random.Random(0)
+SHORT = 32                                      # tokens, to compare both ways of sampling
 
 # config.json of Qwen/Qwen2.5-VL-3B-Instruct, but for the ids of special tokens.
 TEXT = dict(vocab_size=151_936, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
@@ -192,10 +195,19 @@ def random_model(write, config: Config, small: bool, folder: Path) -> None:
     run.policy.recompute_layers()
     force(run.policy)
     shutil.rmtree(folder / "start")             # the disk must hold the checkpoint, too
-    with phase("rollout", computed["rollout"]) as record:
-        trajectories = rollout.collect(run.policy, questions, config.group, config.max_turns,
-                                       config.max_tokens, 1., run.generator)
-        record["tokens"] = sum(sum(t.mask) for t in trajectories)
+    for number in (1, 2):                       # the first one also waits for libraries
+        with phase(f"rollout {number}", computed["rollout"]) as record:
+            trajectories = rollout.collect(run.policy, questions, config.group, config.max_turns,
+                                           config.max_tokens, 1., run.generator)
+            record["tokens"] = sum(sum(t.mask) for t in trajectories)
+    prompts = [t.prompt for t in trajectories[::config.group]]
+    for name, kind in (("kernel by kernel", Session), ("as a graph", GraphSession)):
+        kind(run.policy, prompts, config.group).sample(SHORT)        # cuDNN meets its lengths
+        session = kind(run.policy, prompts, config.group)
+        with phase(f"{SHORT} tokens a row, {name}") as record:
+            session.sample(SHORT)
+            record["tokens"] = SHORT * len(trajectories)
+    del session
     with phase("score", computed["score"]) as record:
         score_looks(trajectories, scorer)
         crops = [turn.crop_tokens for t in trajectories for turn in t.looks]

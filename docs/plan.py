@@ -44,7 +44,10 @@ from tiny.world import World, world_questions
 from tools import Resolution, system_prompt
 from train import Config, parse_config
 
-TFLOPS, TERABYTES = 100., 1.    # assumed, sustained, a GPU; an A100's peaks are 312 and 2 (80 GB)
+# Sustained by one H200 with a 3B (docs/gpu.md). Its peaks are 989 TFLOP/s in bf16 and 4.8 TB/s; an
+# A100's of 80 GB are 312 and 2, so there all takes 2 to 3 times as long.
+TFLOPS, TERABYTES = 300., 2.5   # a second
+VISION, LAYER = 35., 2e-4       # TFLOP/s of the vision tower; seconds a layer for small kernels
 CHUNK, BUCKET, SUMMARY, TRIAL = 512, 2**25, 256, 64     # logprobs, ShardedAdamW, embed, evaluate
 WRAP, ERROR, FIRST = 32, 64, 32     # tokens of ChatML around a text, of an error; questions read
 
@@ -242,14 +245,14 @@ def flops(s: Shape, config: Config, lengths: Lengths) -> dict[str, float]:
 
 
 def seconds(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
-    """Of a step at TFLOPS. Decoding also waits for memory: each token reads the weights, and the
-    cache three times (attention reads it; torch.cat reads and writes it)."""
+    """Of a step. Decoding waits for memory, each token reads weights and cache, and for the many
+    small kernels of a layer (lib/graph.py)."""
     work = flops(s, config, lengths)
     times = {name: work[name] / ranks / (TFLOPS * 1e12) for name in work}
     rows, middle = config.questions * config.group // ranks, (lengths.prompt + lengths.whole) // 2
-    moved = s.m * s.b + 3 * cache_bytes(s, rows * middle)
-    waiting = config.max_turns * config.max_tokens * moved / (TERABYTES * 1e12)
-    times["decode"] = max(times["decode"], waiting)
+    a_token = (s.m * s.b + cache_bytes(s, rows * middle)) / (TERABYTES * 1e12) + s.L * LAYER
+    times["decode"] = max(times["decode"], config.max_turns * config.max_tokens * a_token)
+    times["vision"] *= TFLOPS / VISION
     return times | {"a step": sum(times.values())}
 
 
@@ -282,8 +285,8 @@ def show(config: Config) -> None:
     for name in work:
         cells = [t[name] for t in tables] + [work[name] / 1e15]
         print(f"{name:24}" + "".join(f"{rounded(cell):>10}" for cell in cells))
-    print(f"at an assumed {TFLOPS:g} TFLOP/s and {TERABYTES:g} TB/s a GPU; Python, kernel "
-          "launches, pictures,\ncommunication and evaluation come on top")
+    print(f"at {TFLOPS:g} TFLOP/s and {TERABYTES:g} TB/s a GPU, as measured on an H200; Python, "
+          "pictures,\ncommunication and evaluation come on top")
 
 
 def rounded(x: float) -> str:

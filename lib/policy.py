@@ -289,7 +289,8 @@ class Policy:
         """Activation checkpointing: the backward pass computes each layer again, none is stored.
         (transformers' own switch turns the cache off, and with it the sharing of prompts.)"""
         for layer in self.language.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                              preserve_rng_state=False)    # nothing is random
 
     def save(self, folder: str | Path) -> None:
         """Write a standard model directory, which this class and transformers load."""
@@ -403,7 +404,10 @@ def distinct(items: list) -> tuple[list, list[int]]:
 class Repeatable(DynamicLayer):
     """A cache's layer for training: `past` keys and values, and those that come now. A DynamicLayer
     grows in place. With recompute_layers a layer runs twice, and would append the new keys twice.
-    Here an update starts from `past` again."""
+    Here an update starts from `past` again.
+
+    It holds the keys of its first run alone. Those of the second would hold what that run has
+    computed: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
 
     def __init__(self, *past: Tensor):
         super().__init__()
@@ -413,7 +417,8 @@ class Repeatable(DynamicLayer):
         if self.past:
             keys = torch.cat([self.past[0], keys], 2)  # (B, heads, columns, head size)
             values = torch.cat([self.past[1], values], 2)
-        self.keys, self.values, self.is_initialized = keys, values, True
+        elif not self.is_initialized:
+            self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
 
 

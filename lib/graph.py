@@ -1,0 +1,138 @@
+"""The sampler on a GPU: one token's kernels, recorded once and replayed as one.
+
+What it teaches: a GPU does what the CPU sends it, kernel by kernel. To read one token, a model of
+36 layers needs over a thousand of them. Most end sooner than Python has sent the next: the GPU
+waits. A *CUDA graph* is a recorded list of kernels, which is sent at once. A recorded kernel reads
+and writes the same addresses each time, so whatever changes from token to token must lie in a
+tensor of fixed place and shape:
+
+    ids, positions, the column      in `fed`, which is written before each replay
+    the mask, keys and values       as wide as the turn can become, not as it is
+
+This class replaces lib/sampler.py's, and nothing but speed changes: its loop is used as it stands.
+docs/gpu.md has what it gains.
+
+Run it:  python -m lib.graph      # a turn with a fixed and with a growing cache: the same tokens
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lib.policy import Policy, Tokens
+from lib.sampler import Session
+from tools import fit
+
+
+class GraphSession(Session):
+    """A Session whose turns are sampled by a graph. On a CPU the same step runs unrecorded."""
+
+    graph, sampling = None, False
+
+    def sample(self, max_tokens: int, temperature: float = 1.0,
+               generator: torch.Generator | None = None
+               ) -> tuple[list[list[int]], list[list[float]]]:
+        """As Session.sample does it; in between, the cache has max_tokens columns more."""
+        growing, used = self.cache, self.mask.shape[1]
+        self.mask = F.pad(self.mask, (0, max_tokens))               # False: not there yet
+        self.columns = torch.arange(used + max_tokens, device=self.mask.device)
+        self.fed = torch.zeros(4, len(self.next), dtype=torch.long, device=self.mask.device)
+        column = self.fed[3, :1]                                    # a view: it follows `fed`
+        self.cache = Cache(layers=[Fixed(layer, max_tokens, column) for layer in growing.layers])
+        self.column, self.sampling = used, True                     # the next column, as a number
+        result = super().sample(max_tokens, temperature, generator)
+        self.sampling, self.graph = False, None
+        self.mask = self.mask[:, :self.column]
+        for layer, fixed in zip(growing.layers, self.cache.layers):
+            layer.keys = fixed.keys[:, :, :self.column]
+            layer.values = fixed.values[:, :, :self.column]
+        self.cache = growing
+        return result
+
+    @torch.no_grad()
+    def append(self, batch: list[Tokens]) -> None:
+        """While a turn is sampled: one token a row, or none, into the next column."""
+        if not self.sampling:
+            return super().append(batch)
+        real = [len(tokens.ids) for tokens in batch]
+        ids = [tokens.ids[0] if tokens.ids else self.policy.end_id for tokens in batch]
+        columns = [self.column] * len(batch)
+        self.fed.copy_(torch.tensor([ids, self.next, real, columns]))
+        if self.mask.device.type != "cuda":
+            self.last = self.step()
+        else:
+            if self.graph is None:
+                self.graph, self.last = record(self.step)
+            self.graph.replay()
+        self.next = [position + new for position, new in zip(self.next, real)]
+        self.column += 1
+
+    def step(self) -> Tensor:
+        """What is recorded: `fed` (4, B) -> hidden states (B, D). To run it twice does no harm."""
+        ids, positions, real, columns = self.fed
+        self.mask.index_copy_(1, columns[:1], real[:, None].bool())
+        attended = self.mask | (self.columns == columns[:1])        # (B, P + max_tokens)
+        output = self.policy.language(
+            inputs_embeds=self.policy.language.embed_tokens(ids[:, None]),
+            attention_mask=attended[:, None, None], position_ids=positions.expand(3, -1)[..., None],
+            past_key_values=self.cache, use_cache=True)
+        return output.last_hidden_state[:, 0]
+
+
+class Fixed(DynamicLayer):
+    """A cache's layer that does not grow: what comes now is written into its `column` (1,)."""
+
+    def __init__(self, layer: DynamicLayer, more: int, column: Tensor):
+        super().__init__()
+        self.keys = F.pad(layer.keys, (0, 0, 0, more))              # (B, heads, P + more, size)
+        self.values = F.pad(layer.values, (0, 0, 0, more))
+        layer.keys = layer.values = None                            # not twice in memory
+        self.column, self.is_initialized = column, True
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, keys)
+        self.values.index_copy_(2, self.column, values)
+        return self.keys, self.values
+
+
+def record(step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of a step, and the tensor that each replay writes. Libraries prepare themselves in
+    a first, unrecorded run."""
+    stream, graph = side_stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        graph.capture_begin()
+        output = step()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, output
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all recordings: for each stream cuBLAS keeps 32 MB."""
+    return torch.cuda.Stream()
+
+
+def demonstrate() -> None:
+    """Two turns of the agent in tiny/ about one picture, in both ways."""
+    torch.set_num_threads(1)
+    policy, picture = Policy("tiny"), Image.new("RGB", (768, 768), (110, 110, 110))
+    ImageDraw.Draw(picture).ellipse((192, 416, 320, 544), "red")
+    image = policy.encode_images([fit(picture, policy.resolution)])[0]
+    prompt = policy.prompt(image, "What mark is on the red circle?\n"
+                                  "Options: (A) horizontal (B) vertical (C) vee (D) checks")
+    for kind in (Session, GraphSession):
+        session = kind(policy, [prompt], group=2)
+        ids, logps = session.sample(64, .5, torch.Generator().manual_seed(0))
+        print(f"{kind.__name__}: the cache has {session.mask.shape[1]} columns")
+        for row in range(2):
+            print(f"  log-probability {sum(logps[row]):.4f}: {policy.decode(ids[row])}")
+
+
+if __name__ == "__main__":
+    demonstrate()
