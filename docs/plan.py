@@ -21,7 +21,7 @@ N ranks; L layers, D hidden, I MLP, A = heads x head size, V vocabulary:
 The model directory needs config.json alone. Weights and optimiser are exact; the rest are upper
 bounds: each trajectory takes all its turns, each turn all its tokens. Not counted: CUDA's context,
 the allocator's fragments, the kernels' workspace, PPO's critic. tests/test_plan.py compares a
-micro-batch on the CPU; no number was compared with a GPU.
+micro-batch on the CPU, docs/gpu.py a step of a 3B on a GPU.
 
 Run it:  python docs/plan.py                                # tiny/, with train.py's defaults; 5 s
          python docs/plan.py --model DIR --questions 4 ..   # train.py's options (docs/larger.md)

@@ -1,5 +1,5 @@
-"""A turn with a cache of fixed size is the turn with one that grows. That it is recorded and replayed
-needs a GPU: docs/gpu.py compares sampler and trainer there."""
+"""A turn with a cache of fixed size is the turn with one that grows. To record it needs a GPU:
+docs/gpu.py compares sampler and trainer there."""
 import pytest
 import torch
 
