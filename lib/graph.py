@@ -9,12 +9,13 @@ tensor of fixed place and shape:
     ids, positions, the column      in `fed`, which is written before each replay
     the mask, keys and values       as wide as the turn can become, not as it is
 
-This class replaces lib/sampler.py's, and nothing but speed changes: its loop is used as it stands.
-docs/gpu.md has what it gains.
+This class replaces lib/sampler.py's, whose loop it uses as it stands: the same tokens, but for
+rounding. docs/gpu.md has what it gains.
 
 Run it:  python -m lib.graph      # a turn with a fixed and with a growing cache: the same tokens
 """
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from tools import fit
 class GraphSession(Session):
     """A Session whose turns are sampled by a graph. On a CPU the same step runs unrecorded."""
 
-    graph, sampling = None, False
+    replay, sampling = None, False
 
     def sample(self, max_tokens: int, temperature: float = 1.0,
                generator: torch.Generator | None = None
@@ -43,14 +44,15 @@ class GraphSession(Session):
         column = self.fed[3, :1]                                    # a view: it follows `fed`
         self.cache = Cache(layers=[Fixed(layer, max_tokens, column) for layer in growing.layers])
         self.column, self.sampling = used, True                     # the next column, as a number
-        result = super().sample(max_tokens, temperature, generator)
-        self.sampling, self.graph = False, None
-        self.mask = self.mask[:, :self.column]
-        for layer, fixed in zip(growing.layers, self.cache.layers):
-            layer.keys = fixed.keys[:, :, :self.column]
-            layer.values = fixed.values[:, :, :self.column]
-        self.cache = growing
-        return result
+        try:
+            return super().sample(max_tokens, temperature, generator)
+        finally:                                                    # the cache may grow again
+            self.sampling, self.replay = False, None
+            self.mask = self.mask[:, :self.column]
+            for layer, fixed in zip(growing.layers, self.cache.layers):
+                layer.keys = fixed.keys[:, :, :self.column]
+                layer.values = fixed.values[:, :, :self.column]
+            self.cache = growing
 
     @torch.no_grad()
     def append(self, batch: list[Tokens]) -> None:
@@ -61,17 +63,14 @@ class GraphSession(Session):
         ids = [tokens.ids[0] if tokens.ids else self.policy.end_id for tokens in batch]
         columns = [self.column] * len(batch)
         self.fed.copy_(torch.tensor([ids, self.next, real, columns]))
-        if self.mask.device.type != "cuda":
-            self.last = self.step()
-        else:
-            if self.graph is None:
-                self.graph, self.last = record(self.step)
-            self.graph.replay()
+        self.replay = self.replay or record(self.step, self.mask.device)
+        self.last = self.replay()
         self.next = [position + new for position, new in zip(self.next, real)]
         self.column += 1
 
     def step(self) -> Tensor:
-        """What is recorded: `fed` (4, B) -> hidden states (B, D). To run it twice does no harm."""
+        """What is recorded: `fed` (4, B) -> hidden states (B, D). It writes one column and adds
+        none, so it may run twice."""
         ids, positions, real, columns = self.fed
         self.mask.index_copy_(1, columns[:1], real[:, None].bool())
         attended = self.mask | (self.columns == columns[:1])        # (B, P + max_tokens)
@@ -98,18 +97,27 @@ class Fixed(DynamicLayer):
         return self.keys, self.values
 
 
-def record(step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of a step, and the tensor that each replay writes. Libraries prepare themselves in
-    a first, unrecorded run."""
+def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """A function that does what the step does, by a graph; its result is one tensor, written anew
+    each time. On a CPU it is the step."""
+    if device.type != "cuda":
+        return step
     stream, graph = side_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()
+        step()                                  # unrecorded: libraries prepare themselves
         graph.capture_begin()
-        output = step()
-        graph.capture_end()
+        try:
+            output = step()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph, output
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 @functools.cache

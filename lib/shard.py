@@ -65,6 +65,7 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
         raise ValueError("--device cuda: torch sees no GPU")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         limit = timedelta(seconds=timeout)
