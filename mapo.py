@@ -4,7 +4,7 @@ What it teaches: *where* the semantic score enters. A group of G trajectories an
 Trajectory i has an outcome r_i in [0, 1]: was the answer right? A turn t of it that looks has a
 score s_it in [0, 1]: did the crop show what the agent said that it looks for?
 
-    S_i = sum_t lam^n_it s_it / sum_t lam^n_it          (1)
+    S_i = sum_t lam^(n_it) s_it / sum_t lam^(n_it)                (1)
     R_i = (1 - beta) r_i + beta S_i                               (2)
     A_i = (R_i - mean R) / (std R + 1e-6)                         (3)
     L = - sum_ij w_ij min(ratio_ij A_i, clip(ratio_ij, 1 - low, 1 + high) A_i)       (4)
@@ -130,7 +130,7 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
     A look is compared with the mean of the group's looks in the same turn: the score says where to
     look, the outcome how often. A turn without a look has no score term. A trajectory that never
     looked has - beta mean S in all its turns: on the average a look is better than none."""
-    counts = group_mean(looked.float(), group)                                # (N, T)
+    counts = group_mean(looked.float(), group)            # (N, T), the share that looks
     mean = group_mean(scores * looked, group) / counts.clamp(min=1e-8)
     aim = torch.where(looked.bool(), scores - mean, 0.)                       # (N, T)
     never = ~looked.any(1, keepdim=True)
@@ -185,10 +185,10 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
 def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tensor:
     """GSPO's ratio, exp(mean of the log-ratios of a trajectory's tokens): (B, L), equal in a row.
 
-    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): token j moves logp_j alone. In
-    plain GSPO each token's loss moves the logp of all tokens of the row, by 1 / count. With one
-    advantage for the whole trajectory both give the same gradient. With one for each turn plain
-    GSPO would mix the turns up."""
+    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): that of token j is ratio A_j
+    times the gradient of logp_j alone. In plain GSPO each token's loss moves all tokens of the row.
+    With one advantage for the whole trajectory both give the same gradient. With one for each turn
+    plain GSPO would mix the turns up."""
     own = (weight > 0).float()
     count = own.sum(1, keepdim=True).clamp(min=1)
     mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)

@@ -60,8 +60,8 @@ class Scorer:
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None):
         """Reference crops are cut at random from these questions' images, two an image, with sides
-        of 1/8 to 1/2 of it: they need no annotation. None: 64 questions of the embedded world, far
-        behind those that any run trains on."""
+        of 1/8 to 1/2 of it: they need no annotation. None: 64 questions of the embedded world,
+        from the millionth on, which no run trains on."""
         self.policy = policy
         rng, crops = np.random.default_rng(0), []
         for question in questions or world_questions(World(), 0, "train", 10**6, 64):

@@ -307,7 +307,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
 
     Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out, and
     others drawn in their place, `max_draws` times at most. If no group has a signal, the last ones
-    are returned; `token_advantages` gives them none."""
+    are returned; their advantages are 0."""
     config, kept, sampled = run.config, [], []
     wanted = config.questions // shard.ranks() * config.group
     for draw in range(run.algorithm.max_draws):

@@ -44,10 +44,11 @@ from tiny.world import World, world_questions
 from tools import Resolution, system_prompt
 from train import Config, parse_config
 
-# Sustained by one H200 with a 3B (docs/gpu.md). Its peaks are 989 TFLOP/s in bf16 and 4.8 TB/s; an
-# A100's of 80 GB are 312 and 2, so there all takes 2 to 3 times as long.
+# Fitted to a step of a 3B on one H200, 16 trajectories side by side (docs/gpu.md). Its peaks are
+# 989 TFLOP/s in bf16 and 4.8 TB/s. On another card they are others.
 TFLOPS, TERABYTES = 300., 2.5   # a second
-VISION, LAYER = 35., 2e-4       # TFLOP/s of the vision tower; seconds a layer for small kernels
+VISION = 35.                    # TFLOP/s of the vision tower
+LAYER = 2e-4                    # s a layer and token of decoding: small kernels, gaps between them
 CHUNK, BUCKET, SUMMARY, TRIAL = 512, 2**25, 256, 64     # logprobs, ShardedAdamW, embed, evaluate
 WRAP, ERROR, FIRST = 32, 64, 32     # tokens of ChatML around a text, of an error; questions read
 
@@ -285,8 +286,8 @@ def show(config: Config) -> None:
     for name in work:
         cells = [t[name] for t in tables] + [work[name] / 1e15]
         print(f"{name:24}" + "".join(f"{rounded(cell):>10}" for cell in cells))
-    print(f"at {TFLOPS:g} TFLOP/s and {TERABYTES:g} TB/s a GPU, as measured on an H200; Python, "
-          "pictures,\ncommunication and evaluation come on top")
+    print(f"at {TFLOPS:g} TFLOP/s and {TERABYTES:g} TB/s a GPU, fitted to an H200; Python, new "
+          "lengths, pictures,\ncommunication and evaluation come on top")
 
 
 def rounded(x: float) -> str:

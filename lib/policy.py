@@ -406,8 +406,8 @@ class Repeatable(DynamicLayer):
     grows in place. With recompute_layers a layer runs twice, and would append the new keys twice.
     Here an update starts from `past` again.
 
-    It holds the keys of its first run alone. Those of the second would hold what that run has
-    computed: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
+    Without a past it holds the keys of its first run. Those of the second would keep its autograd
+    graph: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
 
     def __init__(self, *past: Tensor):
         super().__init__()

@@ -100,7 +100,7 @@ def agree(error: Exception | None = None) -> None:
 
     A collective that one rank never joins could only time out. So the ranks meet in torchrun's
     store, where one that failed, or is silent until the timeout, can be named. Each rank counts its
-    meetings: the k-th of one is the k-th of all."""
+    meetings, and at the third one rank 0 leaves its word under "3/0"."""
     if STORE:
         meeting = STORE.add(f"meetings of {rank()}", 1)
         STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")

@@ -1,5 +1,5 @@
-"""A turn with a cache of fixed size is the turn with one that grows. To record it needs a GPU, where
-docs/gpu.py compares sampler and trainer; here a stand-in keeps what a graph would keep."""
+"""A turn with a cache of fixed size is the turn with one that grows. To record it needs a GPU: there
+docs/gpu.py compares sampler and trainer. Here a stand-in keeps what a graph would keep."""
 import copy
 
 import pytest
@@ -34,7 +34,7 @@ def recorded(request, monkeypatch):
 
 
 def compare(policy, questions, monkeypatch, temperature=1.):
-    """Whole trajectories, with crops, and rows that leave between the turns; when hot, with errors."""
+    """Whole trajectories, with crops; rows leave between the turns; when hot, with errors."""
     def conversations():
         generator = torch.Generator().manual_seed(3)
         return rollout.collect(policy, questions, 4, 3, 40, temperature, generator)
