@@ -1,5 +1,5 @@
-"""A turn with a cache of fixed size is the turn with one that grows. To record it needs a GPU: there
-docs/gpu.py compares sampler and trainer. Here a stand-in keeps what a graph would keep."""
+"""A turn with a cache of fixed size is the turn with one that grows. To record it needs a GPU, and
+docs/gpu.py does it there. Here a stand-in keeps what a graph would keep."""
 import copy
 
 import pytest
