@@ -27,10 +27,9 @@ def recording(step, device):
     return replay
 
 
-@pytest.fixture(params=["unrecorded", "recorded"])
-def recorded(request, monkeypatch):
-    if request.param == "recorded":
-        monkeypatch.setattr(graph, "record", recording)
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(graph, "record", recording)
 
 
 def compare(policy, questions, monkeypatch, temperature=1.):
@@ -53,8 +52,13 @@ def compare(policy, questions, monkeypatch, temperature=1.):
         assert one.logps == pytest.approx(other.logps, abs=1e-4)
 
 
+def test_the_agent_says_the_same(policy, questions, monkeypatch):
+    """Unrecorded, as a CPU has it."""
+    compare(policy, questions, monkeypatch, temperature=1.5)
+
+
 @pytest.mark.parametrize("temperature", [0., 1.5])
-def test_the_agent_says_the_same(policy, questions, monkeypatch, recorded, temperature):
+def test_recorded_it_says_the_same(policy, questions, monkeypatch, recorded, temperature):
     compare(policy, questions, monkeypatch, temperature)
 
 
