@@ -12,12 +12,10 @@ its advantage times its weight. Each u is computed once, and every algorithm is 
 Eq. 23: G is the mean of g over all possible questions. Only products are asked for, so a u of
 860,000 numbers is kept as a sketch of 8,192. docs/probe.md explains both, and has the numbers.
 
-Run it:  python docs/probe.py --models tiny runs/mapo --options 4 2 8 0     # 12 minutes
-         python docs/probe.py --tokens looks --out runs/looks.jsonl    # looks only
-         python docs/probe.py --table                # the page again, from docs/probe.jsonl
+Run it:  python docs/probe.py --models tiny runs/mapo      # 10 minutes
+         python docs/probe.py --table                      # the page again, from docs/probe.jsonl
 """
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -36,7 +34,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import mapo
 from lib.batches import pad
 from lib.checkpoint import newest
-from lib.critic import Critic
 from lib.policy import Policy
 from reward import Scorer, grounded, measure, rewards, score_looks
 from rollout import Trajectory, collect
@@ -44,12 +41,13 @@ from theory import BETAS, Moments
 from tiny.world import World, world_questions
 from train import Config, token_advantages, signal_of
 
-ORACLE = "oracle, R = hit"
+ORACLE, AIM = "oracle, R = hit", "mapo, credit aim"
 SWEEP = ["grpo"] + [f"mapo, beta {beta:g}" for beta in BETAS[1:]]     # mapo at beta 0 is grpo
 ROWS = {name: ("grpo", beta, "trajectory") for name, beta in zip(SWEEP, BETAS)}
 ROWS |= {f"mapo, credit {credit}": ("grpo", .4, credit) for credit in ("look", "aim")}
-ROWS |= {name: (name, 0., "trajectory") for name in ("dr_grpo", "dapo", "gspo")}
-ROWS |= {"ppo, critic 0": ("ppo", 0., "trajectory"), ORACLE: ("grpo", 0., "trajectory")}
+ROWS |= {name: (name, 0., "trajectory") for name in ("dr_grpo", "dapo")}
+ROWS |= {ORACLE: ("grpo", 0., "trajectory")}
+KINDS = ("all", "looks", "answers")            # whose tokens count
 WIDTH, RESAMPLES, GROUP, TURNS = 8192, 400, Config.group, Config.max_turns
 PAGE, NUMBERS = ROOT / "docs/probe.md", ROOT / "docs/probe.jsonl"
 MEASURED = "## What was measured"              # the part of the page that is made
@@ -66,32 +64,29 @@ def count_sketch(dimension: int, width: int = WIDTH, seed: int = 0) -> Callable[
     return lambda x: torch.zeros(width).index_add_(0, bucket, sign * x)
 
 
-def counted(trajectory: Trajectory, tokens: str) -> list[int]:
-    """The turns whose tokens count: "all", or those that ended in "looks" or in "answers"."""
-    kinds = ["looks" if turn.call else "errors" for turn in trajectory.turns]
-    if trajectory.answer is not None:
-        kinds[-1] = "answers"
-    return [k for k, kind in enumerate(kinds) if tokens in ("all", kind)]
+def counted(trajectories: list[Trajectory], kind: str) -> Tensor:
+    """(N, TURNS): 1 for the turns whose tokens count: "all", or those that ended in "looks" or in
+    "answers"."""
+    kept = torch.zeros(len(trajectories), TURNS)
+    for i, t in enumerate(trajectories):
+        kinds = ["looks" if turn.call else "errors" for turn in t.turns]
+        if t.answer is not None:
+            kinds[-1] = "answers"
+        for k, found in enumerate(kinds):
+            kept[i, k] = kind in ("all", found)
+    return kept
 
 
-def score_vectors(policy: Policy, trajectories: list[Trajectory], tokens: str = "all") -> Tensor:
-    """u of eq. 22, sketched: (N, TURNS + 1, WIDTH); 0 for a turn that does not count.
-
-    PPO gives each token its own advantage. The last u is that of its whole trajectory."""
-    parameters, row = policy.freeze_vision(), mapo.ALGORITHMS["ppo"]
+def score_vectors(policy: Policy, trajectories: list[Trajectory]) -> Tensor:
+    """u of eq. 22, sketched: (N, TURNS, WIDTH); 0 for a turn that there was not."""
+    parameters = policy.freeze_vision()
     sketch = count_sketch(sum(p.numel() for p in parameters))
-    critic = Critic(policy)                                                 # it says 0
-    ppo = SimpleNamespace(config=Config(beta=0.), algorithm=row, critic=critic)
-    A = token_advantages(ppo, trajectories)                                         # (N, L - 1)
-    u = torch.zeros(len(trajectories), TURNS + 1, WIDTH)
+    u = torch.zeros(len(trajectories), TURNS, WIDTH)
     for i, t in enumerate(tqdm(trajectories, "gradients", disable=None)):
-        logp, sums = policy.logprobs([t.tokens], [t.mask])[0][0], {}
-        for k in counted(t, tokens):
-            own = slice(t.turns[k].span.start - 1, t.turns[k].span.stop - 1)
-            sums[k] = logp[own].sum()
-            sums[TURNS] = sums.get(TURNS, 0) + (A[i, own] * logp[own]).sum()
-        for k, value in sums.items():
-            gradient = torch.autograd.grad(value, parameters, retain_graph=True)
+        logp = policy.logprobs([t.tokens], [t.mask])[0][0]
+        for k, turn in enumerate(t.turns):
+            own = logp[turn.span.start - 1:turn.span.stop - 1].sum()
+            gradient = torch.autograd.grad(own, parameters, retain_graph=True)
             u[i, k] = sketch(torch.cat([x.flatten() for x in gradient]))
     return u
 
@@ -102,23 +97,20 @@ def paid_for_hits(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple[Tensor, Tensor]:
-    """C of eq. 22 (N, TURNS + 1), by the code that trains, and which questions are kept (n,).
+    """C of eq. 22 (N, TURNS), by the code that trains, and which questions are kept (n,).
 
     The batch's gradient is the mean of g_q over those kept. What belongs to the whole batch, its
-    count of tokens, PPO's mean and deviation, counts as constant."""
+    count of tokens, counts as constant."""
     algo, beta, credit = ROWS[name]
     row, config = mapo.ALGORITHMS[algo], Config(algo=algo, beta=beta, credit=credit, group=group)
     if name == ORACLE:
         trajectories = paid_for_hits(trajectories)
     kept = signal_of(trajectories, config) | (row.max_draws == 1)                   # (n,)
-    C = torch.zeros(len(trajectories), TURNS + 1)
-    if row.critic:
-        C[:, TURNS] = 1
-    else:
-        run = SimpleNamespace(config=config, algorithm=row, critic=None)
-        A = token_advantages(run, trajectories)
-        for i, t in enumerate(trajectories):   # all tokens of a turn have one advantage
-            C[i, :len(t.turns)] = A[i, [turn.span.stop - 2 for turn in t.turns]]
+    run = SimpleNamespace(config=config, algorithm=row, critic=None)
+    A = token_advantages(run, trajectories)                                         # (N, L - 1)
+    C = torch.zeros(len(trajectories), TURNS)
+    for i, t in enumerate(trajectories):       # all tokens of a turn have one advantage
+        C[i, :len(t.turns)] = A[i, [turn.span.stop - 2 for turn in t.turns]]
     mask = pad([t.mask for t in trajectories], False)
     weight = mapo.token_weights(mask * kept.repeat_interleave(group)[:, None], row.mean)
     return C * weight.max(1, keepdim=True).values * kept.sum(), kept
@@ -164,19 +156,20 @@ def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> Moments:
 
 # ---- one policy in one world ---------------------------------------------------------------------
 
-def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor, group: int) -> dict[str, Tensor]:
+def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor, group: int,
+            kind: str) -> dict[str, Tensor]:
     """The SNR (B,) of each row."""
-    snr, n = {}, W.shape[1]
+    snr, n, counts = {}, W.shape[1], counted(trajectories, kind)
     for name in ROWS:
         C, kept = coefficients(trajectories, name, group)
-        g = torch.bmm(C.view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]                 # eq. 22
+        g = torch.bmm((C * counts).view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]      # eq. 22
         signal, noise = signal_noise(g @ g.T, W * kept)
         snr[name] = signal / noise
     return snr
 
 
-def probe(policy: Policy, scorer: Scorer, options: int, n: int, tokens: str) -> dict:
-    """Roll out, score, sketch, compare: what a line of the file holds."""
+def probe(policy: Policy, scorer: Scorer, options: int, n: int) -> list[dict]:
+    """Roll out, score, sketch, compare: what the lines of the file hold, one for each of KINDS."""
     generator, trajectories = torch.Generator().manual_seed(0), []
     questions = world_questions(World(options=options), 0, "test", 10_000, n)
     for first in range(0, n, 16):
@@ -186,14 +179,17 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int, tokens: str) -> 
     S = mapo.trajectory_score(s, looked, Config.lam)
     z, W = torch.tensor([float(grounded(t)) for t in trajectories]), resamples(n)
     model = moments(z.view(n, GROUP), r.view(n, GROUP), S.view(n, GROUP), W)
-    snr = compare(trajectories, score_vectors(policy, trajectories, tokens), W, GROUP)
-    rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
-            for name, x in snr.items()}
-    base = snr["grpo"].clamp(min=0)            # a ratio to what may be 0 says nothing
-    predicted = {"snr": [interval(model.snr(beta)) for beta in BETAS],
-                 "gain": interval(model.snr(.4) / model.snr(0.))}
-    return {"trajectories": measure(trajectories), "rows": rows, "theory": {"within": predicted},
-            "gain": interval(snr["mapo, beta 0.4"] / base)}
+    predicted = interval(model.snr(.4) / model.snr(0.))
+    u, lines = score_vectors(policy, trajectories), []
+    for kind in KINDS:
+        snr = compare(trajectories, u, W, GROUP, kind)
+        rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
+                for name, x in snr.items()}
+        base = snr["grpo"].clamp(min=0)        # a ratio to what may be 0 says nothing
+        gains = {name: interval(snr[name] / base) for name in ("mapo, beta 0.4", AIM)}
+        lines.append({"tokens": kind, "trajectories": measure(trajectories), "rows": rows,
+                      "predicted": predicted, "gains": gains})
+    return lines
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ def cell(values: list | None, digits: int, scale: float = 1., sign: str = "") ->
 
 
 def table(title: str, records: list[dict], rows: dict[str, list[str]]) -> list[str]:
-    heads = [f"{x['when'].split()[-1]}, {x['options'] or 'open'}" for x in records]
+    heads = [f"{x['when']}: {x['tokens']}" for x in records]
     lines = ["", title, "", f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
 
@@ -220,23 +216,23 @@ def page(records: list[dict]) -> str:
 
 def tables(records: list[dict]) -> str:
     made = records[0]
-    names = [name for name in ROWS if all(name in x["rows"] for x in records)]
-    missing = "; ".join(name for name in ROWS if name not in names) or "none"
-    snr, more = {}, {}
-    for name in names:
-        snr[name] = [cell(x["rows"][name]["snr"], 1, 1000) for x in records]
-        more[name] = [cell(x["rows"][name]["snr - grpo"], 1, 1000, "+") for x in records]
-    ratios = {"by eq. 15": [cell(x["theory"]["within"]["gain"], 2) for x in records],
-              "of the gradient": [cell(x["gain"], 2) for x in records]}
-    for key in ("accuracy", "hit"):
-        ratios[f"{key} of the rollouts"] = [f"{x['trajectories'][key]:.2f}" for x in records]
-    commit, tokens = made.get("commit", "98873e0"), made.get("tokens", "all")
+    options = made["options"] or "no"
     lines = [MEASURED, "", f"    {made['command']}", "",
-             f"{made['questions']} questions a column, {GROUP} trajectories each, with the code of "
-             f"commit {commit}.", f"Tokens that count: {tokens}. Not measured yet: {missing}."]
-    lines += table("SNR of one question, times 1000:", records, snr)
-    lines += table("The same, minus GRPO's, paired:", records, more)
-    lines += table("SNR at beta .4 over SNR at beta 0:", records, ratios)
+             f"{made['questions']} questions with {options} options, {GROUP} trajectories each, "
+             f"with the code of commit {made['commit']}."]
+    for x in records[::len(KINDS)]:
+        found = x["trajectories"]
+        lines.append(f"The rollouts {x['when']}: accuracy {found['accuracy']:.2f}, "
+                     f"hit {found['hit']:.2f}.")
+    for title, key, sign in (("SNR of one question, times 1000:", "snr", ""),
+                             ("The same, minus GRPO's, paired:", "snr - grpo", "+")):
+        rows = {name: [cell(x["rows"][name][key], 1, 1000, sign) for x in records]
+                for name in ROWS if key == "snr" or name != "grpo"}
+        lines += table(title, records, rows)
+    ratios = {"by eq. 15, beta 0.4": [cell(x["predicted"], 2) for x in records]}
+    ratios |= {f"of the gradient, {name}": [cell(x["gains"][name], 2) for x in records]
+               for name in made["gains"]}
+    lines += table("Over GRPO's:", records, ratios)
     return "\n".join(lines) + "\n"
 
 
@@ -244,28 +240,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["tiny"], help="the start, which also "
                         "scores, and policies that were trained from it")
-    parser.add_argument("--options", type=int, nargs="+", default=[4], help="the world's luck")
-    parser.add_argument("--questions", type=int, default=128)
-    parser.add_argument("--tokens", default="all", choices=("all", "looks", "answers"))
+    parser.add_argument("--options", type=int, default=4, help="the world's luck")
+    parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--out", type=Path, default=NUMBERS, help="what is measured; the default "
                         "makes docs/probe.md, too")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)                   # small tensors
-    lines = []
     if not args.table:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         git = ["git", "describe", "--always", "--dirty"]
         about = {"command": " ".join(["python docs/probe.py", *(arguments or sys.argv[1:])]),
                  "commit": subprocess.check_output(git, cwd=ROOT, text=True).strip(),
-                 "questions": args.questions, "tokens": args.tokens}
-        scorer = Scorer(Policy(newest(args.models[0])))
-        for model, options in itertools.product(args.models, args.options):
-            when = "At the start" if model == args.models[0] else "After training"
-            found = probe(Policy(newest(model)), scorer, options, args.questions, args.tokens)
-            line = about | {"when": when, "model": model, "options": options} | found
-            lines.append(json.dumps(line, allow_nan=False) + "\n")
-            args.out.write_text("".join(lines))
+                 "questions": args.questions, "options": args.options}
+        scorer, lines = Scorer(Policy(newest(args.models[0]))), []
+        for model in args.models:
+            when = "at the start" if model == args.models[0] else "after training"
+            policy = Policy(newest(model))
+            for found in probe(policy, scorer, args.options, args.questions):
+                line = about | {"when": when, "model": model} | found
+                lines.append(json.dumps(line, allow_nan=False) + "\n")
+        args.out.write_text("".join(lines))
     records = [json.loads(line) for line in args.out.open()]
     if args.out == NUMBERS:
         PAGE.write_text(page(records))
