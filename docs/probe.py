@@ -12,7 +12,7 @@ its advantage times its weight. Each u is computed once, and every algorithm is 
 Eq. 23: G is the mean of g over all possible questions. Only products are asked for, so a u of
 860,000 numbers is kept as a sketch of 8,192. docs/probe.md explains both, and has the numbers.
 
-Run it:  python docs/probe.py --models tiny runs/mapo      # 10 minutes
+Run it:  python docs/probe.py --models tiny runs/mapo      # 17 minutes
          python docs/probe.py --table                      # the page again, from docs/probe.jsonl
 """
 import argparse

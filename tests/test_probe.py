@@ -10,7 +10,6 @@ import torch
 import mapo
 from conftest import ROOT
 from lib import shard
-from lib.critic import Critic
 from lib.policy import Policy
 from reward import Scorer, grounded, outcome, score_looks
 from tiny.world import World, world_questions
@@ -64,8 +63,7 @@ def test_gradients_are_those_of_training(sketched, name):
     algo, beta, credit = probe.ROWS[name]
     row, config = mapo.ALGORITHMS[algo], Config(algo=algo, beta=beta, credit=credit, group=4)
     part = [t for i, t in enumerate(told) if kept[i // 4]]
-    run = SimpleNamespace(config=config, algorithm=row,
-                          critic=Critic(policy) if row.critic else None)
+    run = SimpleNamespace(config=config, algorithm=row, critic=None)
     parameters = policy.freeze_vision()
     optimiser = shard.ShardedAdamW(parameters)
     accumulate(policy, optimiser, to_batch(part, token_advantages(run, part), row), row, config)
@@ -84,25 +82,29 @@ def test_the_oracle_is_paid_for_hits(sketched):
     assert paid == [float(grounded(t)) for t in told] and 0 < sum(paid) < len(paid)
 
 
-def test_tokens_of_looks_and_of_answers(sketched):
-    """What "looks" and "answers" keep is as in "all"; what they leave out is 0. Errors are
-    neither. A turn that looked is no answer."""
-    policy, told, u = sketched
-    chosen = next(i for i, t in enumerate(told) if t.looks and t.answer is not None)
-    t = told[chosen]
+def test_turns_of_looks_and_of_answers(trajectories):
+    """Errors are neither; a turn that looked is no answer."""
+    t = next(t for t in trajectories if t.looks and t.answer is not None)
     last = len(t.turns) - 1
-    looks = [k for k in range(last) if t.turns[k].call]
-    assert probe.counted(t, "all") == list(range(last + 1))
-    assert probe.counted(t, "looks") == looks and probe.counted(t, "answers") == [last]
-    assert probe.counted(dataclasses.replace(t, answer=None), "answers") == []
+    looks = [float(k < last and turn.call is not None) for k, turn in enumerate(t.turns)]
     wrong = [dataclasses.replace(turn, call=None, error="json") for turn in t.turns]
-    assert probe.counted(dataclasses.replace(t, turns=wrong), "looks") == []
-    for tokens, kept in (("looks", looks), ("answers", [last])):
-        part = probe.score_vectors(policy, [t], tokens)[0]
-        for k in range(probe.TURNS):
-            expected = u[chosen, k] if k in kept else torch.zeros(probe.WIDTH)
-            assert torch.allclose(part[k], expected, atol=1e-5)
-        assert part[probe.TURNS].norm() > 0
+    told = [t, dataclasses.replace(t, answer=None), dataclasses.replace(t, turns=wrong)]
+    rest = [0.] * (probe.TURNS - 1 - last)
+    assert probe.counted(told, "all").tolist() == [[1.] * (last + 1) + rest] * 3
+    assert probe.counted(told, "looks").tolist() == [looks + rest] * 2 + [[0.] * probe.TURNS]
+    answer = [0.] * last + [1.] + rest
+    assert probe.counted(told, "answers").tolist() == [answer, [0.] * probe.TURNS, answer]
+
+
+def test_all_is_looks_and_answers_and_errors(sketched):
+    """Each kind's gradient is its share: with the errors they add up to the whole."""
+    _, told, u = sketched
+    C, _ = probe.coefficients(told, "grpo", 4)
+    parts = [probe.counted(told, kind) for kind in ("looks", "answers")]
+    errors = probe.counted(told, "all") - parts[0] - parts[1]
+    assert errors.min() == 0
+    total = sum(torch.einsum("nk,nkm->m", C * part, u) for part in [*parts, errors])
+    assert torch.allclose(total, torch.einsum("nk,nkm->m", C, u), atol=1e-4)
 
 
 # ---- eq. 23 --------------------------------------------------------------------------------------
@@ -181,11 +183,11 @@ def test_the_command_measures_and_prints(tmp_path, capsys):
     """Numbers that go elsewhere leave docs/probe.md alone."""
     out, page = str(tmp_path / "new/x.jsonl"), (ROOT / "docs/probe.md").read_text()
     probe.main(["--models", str(ROOT / "tiny"), "--questions", "5", "--out", out])
-    record = json.loads((tmp_path / "new/x.jsonl").read_text())
-    assert list(record["rows"]) == list(probe.ROWS) and record["questions"] == 5
-    assert record["rows"]["grpo"] == record["rows"]["gspo"]
+    records = [json.loads(line) for line in (tmp_path / "new/x.jsonl").open()]
+    assert [record["tokens"] for record in records] == list(probe.KINDS)
+    assert all(list(record["rows"]) == list(probe.ROWS) for record in records)
     printed = capsys.readouterr().out
-    assert "| mapo, credit aim |" in printed and "Not measured yet: none." in printed
+    assert "| mapo, credit aim |" in printed and "5 questions with 4 options" in printed
     probe.main(["--out", out, "--table"])
     assert capsys.readouterr().out == printed and (ROOT / "docs/probe.md").read_text() == page
 
@@ -198,13 +200,28 @@ def test_a_cell_is_bold_where_a_difference_is_not_0():
 
 
 def test_what_the_page_says():
-    """Its section "What it says" counts these. Whoever measures again must read it again."""
+    """Its section "What it says" has these. Whoever measures again must read it again."""
     records = [json.loads(line) for line in (ROOT / "docs/probe.jsonl").open()]
-    predicted = [x["theory"]["within"]["gain"][0] for x in records]
-    coupled = [x["rows"]["mapo, beta 0.4"]["snr - grpo"] for x in records]
-    oracle = [x["rows"][probe.ORACLE]["snr - grpo"] for x in records]
-    assert len(records) == 8
-    assert round(min(predicted), 1) == 2 and round(max(predicted), 1) == 4.6
-    assert [sum(low > 0 for _, low, _ in x) for x in (coupled, oracle)] == [0, 0]
-    assert [sum(high < 0 for _, _, high in x) for x in (coupled, oracle)] == [1, 3]
-    assert sum(mean > 0 for mean, _, _ in oracle) == 1
+    assert [x["tokens"] for x in records] == 2 * list(probe.KINDS)
+    start, trained = records[:3], records[3:]
+    text = (ROOT / "docs/probe.md").read_text().split(probe.MEASURED)[0]
+
+    def change(record, name, key="snr - grpo"):
+        return record["rows"][name][key]
+
+    # 1: looks, at the start: above GRPO at every beta, growing with it; after training at .4
+    sweep = [change(start[1], name) for name in probe.SWEEP[1:]]
+    assert all(low > 0 for _, low, _ in sweep) and change(trained[1], "mapo, beta 0.4")[1] > 0
+    assert [mean for mean, *_ in sweep] == sorted(mean for mean, *_ in sweep)
+    assert change(start[1], probe.SWEEP[-1], "snr")[0] > change(start[1], probe.ORACLE, "snr")[0]
+    for record in (start[1], trained[1]):
+        assert probe.cell(record["gains"]["mapo, beta 0.4"], 2) in text.replace("\n", " ")
+    # 2: answers are below; of all tokens no rise, and after training a fall
+    assert all(change(x, "mapo, beta 0.4")[2] < 0 for x in (start[2], trained[2], trained[0]))
+    assert change(start[0], "mapo, beta 0.4")[0] < 0
+    # 3: aim
+    gains = [x["gains"][probe.AIM] for x in (start[1], start[2], start[0], trained[0])]
+    assert [f"{gain[0]:.2f}" for gain in gains] == ["2.20", "0.84", "1.09", "0.81"]
+    assert gains[1][1] < 1 < gains[1][2] and gains[2][1] < 1 < gains[2][2]
+    # 4
+    assert change(trained[2], probe.ORACLE)[2] < 0
