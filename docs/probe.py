@@ -41,10 +41,10 @@ from theory import BETAS, Moments
 from tiny.world import World, world_questions
 from train import Config, token_advantages, signal_of
 
-ORACLE, AIM = "oracle, R = hit", "mapo, credit aim"
-SWEEP = ["grpo"] + [f"mapo, beta {beta:g}" for beta in BETAS[1:]]     # mapo at beta 0 is grpo
+ORACLE, AIM = "oracle, R = hit", "grpo + S, aim"
+SWEEP = ["grpo"] + [f"grpo + S, beta {beta:g}" for beta in BETAS[1:]]      # S: the score
 ROWS = {name: ("grpo", beta, "trajectory") for name, beta in zip(SWEEP, BETAS)}
-ROWS |= {f"mapo, credit {credit}": ("grpo", .4, credit) for credit in ("look", "aim")}
+ROWS |= {f"grpo + S, {credit}": ("grpo", .4, credit) for credit in ("look", "aim")}
 ROWS |= {name: (name, 0., "trajectory") for name in ("dr_grpo", "dapo")}
 ROWS |= {ORACLE: ("grpo", 0., "trajectory")}
 KINDS = ("all", "looks", "answers")            # whose tokens count
@@ -186,7 +186,7 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int) -> list[dict]:
         rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
                 for name, x in snr.items()}
         base = snr["grpo"].clamp(min=0)        # a ratio to what may be 0 says nothing
-        gains = {name: interval(snr[name] / base) for name in ("mapo, beta 0.4", AIM)}
+        gains = {name: interval(snr[name] / base) for name in ("grpo + S, beta 0.4", AIM)}
         lines.append({"tokens": kind, "trajectories": measure(trajectories), "rows": rows,
                       "predicted": predicted, "gains": gains})
     return lines
@@ -229,7 +229,8 @@ def tables(records: list[dict]) -> str:
         rows = {name: [cell(x["rows"][name][key], 1, 1000, sign) for x in records]
                 for name in ROWS if key == "snr" or name != "grpo"}
         lines += table(title, records, rows)
-    ratios = {"by eq. 15, beta 0.4": [cell(x["predicted"], 2) for x in records]}
+    ratios = {"by eq. 15, beta 0.4": [cell(x["predicted"] if x["tokens"] == "looks" else None, 2)
+                                      for x in records]}
     ratios |= {f"of the gradient, {name}": [cell(x["gains"][name], 2) for x in records]
                for name in made["gains"]}
     lines += table("Over GRPO's:", records, ratios)

@@ -36,7 +36,8 @@ class GraphSession(Session):
     def sample(self, max_tokens: int, temperature: float = 1.0,
                generator: torch.Generator | None = None
                ) -> tuple[list[list[int]], list[list[float]]]:
-        """As Session.sample does it; in between, the cache has max_tokens columns more."""
+        """As Session.sample does it; in between, the cache has max_tokens columns more. Each turn
+        is recorded anew, for its width is another."""
         growing, used = self.cache, self.mask.shape[1]
         self.mask = F.pad(self.mask, (0, max_tokens))               # False: not there yet
         self.columns = torch.arange(used + max_tokens, device=self.mask.device)
@@ -69,11 +70,12 @@ class GraphSession(Session):
         self.column += 1
 
     def step(self) -> Tensor:
-        """What is recorded: `fed` (4, B) -> hidden states (B, D). It writes one column and adds
-        none, so it may run twice."""
-        ids, positions, real, columns = self.fed
+        """What is recorded: `fed` (4, B) -> hidden states (B, D). It may run twice: it writes the
+        column that `fed` names, and adds none."""
+        ids, positions, real, columns = self.fed                    # columns: B times the same
         self.mask.index_copy_(1, columns[:1], real[:, None].bool())
-        attended = self.mask | (self.columns == columns[:1])        # (B, P + max_tokens)
+        # (B, P + max_tokens); itself, too, for a silent row: see policy.causal
+        attended = self.mask | (self.columns == columns[:1])
         output = self.policy.language(
             inputs_embeds=self.policy.language.embed_tokens(ids[:, None]),
             attention_mask=attended[:, None, None], position_ids=positions.expand(3, -1)[..., None],
@@ -106,7 +108,7 @@ def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()                                  # unrecorded: libraries prepare themselves
-        graph.capture_begin()
+        graph.capture_begin()                   # from here on kernels are noted, not run
         try:
             output = step()
         finally:

@@ -187,7 +187,7 @@ def test_the_command_measures_and_prints(tmp_path, capsys):
     assert [record["tokens"] for record in records] == list(probe.KINDS)
     assert all(list(record["rows"]) == list(probe.ROWS) for record in records)
     printed = capsys.readouterr().out
-    assert "| mapo, credit aim |" in printed and "5 questions with 4 options" in printed
+    assert "| grpo + S, aim |" in printed and "5 questions with 4 options" in printed
     probe.main(["--out", out, "--table"])
     assert capsys.readouterr().out == printed and (ROOT / "docs/probe.md").read_text() == page
 
@@ -211,14 +211,14 @@ def test_what_the_page_says():
 
     # 1: looks, at the start: above GRPO at every beta, growing with it; after training at .4
     sweep = [change(start[1], name) for name in probe.SWEEP[1:]]
-    assert all(low > 0 for _, low, _ in sweep) and change(trained[1], "mapo, beta 0.4")[1] > 0
+    assert all(low > 0 for _, low, _ in sweep) and change(trained[1], "grpo + S, beta 0.4")[1] > 0
     assert [mean for mean, *_ in sweep] == sorted(mean for mean, *_ in sweep)
     assert change(start[1], probe.SWEEP[-1], "snr")[0] > change(start[1], probe.ORACLE, "snr")[0]
     for record in (start[1], trained[1]):
-        assert probe.cell(record["gains"]["mapo, beta 0.4"], 2) in text.replace("\n", " ")
+        assert probe.cell(record["gains"]["grpo + S, beta 0.4"], 2) in text.replace("\n", " ")
     # 2: answers are below; of all tokens no rise, and after training a fall
-    assert all(change(x, "mapo, beta 0.4")[2] < 0 for x in (start[2], trained[2], trained[0]))
-    assert change(start[0], "mapo, beta 0.4")[0] < 0
+    assert all(change(x, "grpo + S, beta 0.4")[2] < 0 for x in (start[2], trained[2], trained[0]))
+    assert change(start[0], "grpo + S, beta 0.4")[0] < 0
     # 3: aim
     gains = [x["gains"][probe.AIM] for x in (start[1], start[2], start[0], trained[0])]
     assert [f"{gain[0]:.2f}" for gain in gains] == ["2.20", "0.84", "1.09", "0.81"]
