@@ -107,7 +107,7 @@ def look_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int
 
     S_it is eq. 1 over the looks from turn t on, so a look is not paid for the looks before it.
     An answer cannot change the looks before it: after a look it has S_it = mean S, so the score
-    neither pays nor blames it. That to answer is also not to look again, it leaves out."""
+    neither pays nor blames it. (Left out: to answer is also not to look again.)"""
     S_rest = score_to_go(scores, looked, lam)                                 # (N, T)
     no_look_left = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
     S_rest = torch.where(no_look_left, group_mean(S, group)[:, None], S_rest)

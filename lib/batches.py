@@ -29,7 +29,8 @@ def spread(values: Tensor, trajectories: list) -> Tensor:
 
 
 def micro_batches(trajectories: list, rows: list[int], limit: int) -> list[list[int]]:
-    """The rows, cut so that a batch's padded size stays within `limit` tokens (at least one row).
+    """The rows, cut so that a batch's padded size, each row with its prompt, stays within `limit`
+    tokens (at least one row).
 
     Rows are sorted by the longest trajectory of their group: little padding, and trajectories that
     share a prompt stay together, so that it is computed once."""

@@ -287,7 +287,7 @@ def image_opener(name: str, folder: Path, where: str) -> Callable[..., Image.Ima
 
 
 def opener(source: Callable[[], Path | io.BytesIO], where: str) -> Callable[..., Image.Image]:
-    """A function that opens the picture of source() by `read_picture`, or as it is told. It raises
+    """A function that opens the picture of source(), by `read_picture` or another `read`. It raises
     DataError, which begins with `where`, for a picture that cannot be read."""
     def load(read: Callable = read_picture):
         try:

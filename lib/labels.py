@@ -63,7 +63,7 @@ def fault(label: str) -> tuple[str, str] | None:
 
 
 def is_vague(words: list[str]) -> bool:
-    """Only words of VAGUE: also as "0bjéct", and what is left also in pieces, as "ob ject"."""
+    """Only words of VAGUE, even disguised ("0bjéct") or in pieces ("ob ject")."""
     vague = {fold(word) for word in VAGUE}
     left = fold("".join(word for word in words if fold(word) not in vague))
     parts = "|".join(word for word in vague if len(word) > 2)   # "inbox" is not in pieces

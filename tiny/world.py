@@ -39,7 +39,7 @@ COLOURS = {"red": (214, 46, 46), "green": (44, 160, 64), "blue": (48, 84, 214),
            "yellow": (228, 196, 44), "purple": (146, 60, 176), "cyan": (60, 190, 206)}
 SHAPES = ("circle", "square", "triangle", "diamond")
 MARKS = ("horizontal", "vertical", "rising", "falling", "chevron", "vee", "split", "checks")
-DARK, LIGHT = 32, 224  # (LIGHT - DARK) / 8 is whole: means of half dark blocks are exact in 8 bits
+DARK, LIGHT = 32, 224  # (LIGHT - DARK) / 8 is whole: so is the mean of any 8 pixels in a row
 CLUTTER = 90           # the grey of the bars
 CATEGORIES = ("direct_attributes", "comparison", "coarse_to_fine")
 STREAMS = {"train": 0, "test": 1, "cold": 2}
