@@ -97,7 +97,7 @@ def development() -> Part:
 
 
 def luck() -> Part:
-    """The plainest coupling, credit by trajectory on GRPO, whose gradient eq. 15 speaks of. Only the
+    """The plainest coupling, credit by trajectory on GRPO, of whose gradient eq. 15 speaks. The
     first 20 steps count; with 4 options, GRPO's are those of the table, of 30."""
     rows, pairs = {}, {}
     for number in ("2", "4", "8", "0"):
