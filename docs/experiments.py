@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from record import Job, expected_seconds, origin, present, read_runs, settings, train_all
@@ -45,6 +45,7 @@ class Part:
     seeds: range
     rows: dict[str, str]                               # row -> options of train.py
     differences: dict[str, list[tuple[str, str]]]      # row -> pairs of rows; several are averaged
+    columns: str = "end"                               # in which the rows may be compared
 
 
 BASES = {"gspo": "--algo gspo --clip 10", "grpo": "--algo grpo", "dapo": "--algo dapo"}
@@ -107,7 +108,7 @@ def luck() -> Part:
         rows[names[0]] = f"--algo grpo --beta 0.4{short}"
         rows[names[1]] = f"--algo grpo{f'{SMALL}1000' if number == '4' else short}"
         pairs[f"with S - without, {number} options, paired"] = [names]
-    return part(range(200, 208), rows, "", pooled=pairs)
+    return replace(part(range(200, 208), rows, "", pooled=pairs), columns="speed")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -231,8 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             sys.exit(f"experiments.py: {error}")
         for name in args.run:
-            kind = "speed" if name == "luck" else "end"         # its rows do not end alike
-            print("\n".join(table(name, COLUMNS[kind], read_runs())))
+            print("\n".join(table(name, COLUMNS[parts()[name].columns], read_runs())))
     PAGE.write_text(page(read_runs()))
 
 

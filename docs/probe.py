@@ -156,15 +156,17 @@ def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> Moments:
 
 # ---- one policy in one world ---------------------------------------------------------------------
 
-def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor, group: int,
-            kind: str) -> dict[str, Tensor]:
-    """The SNR (B,) of each row."""
-    snr, n, counts = {}, W.shape[1], counted(trajectories, kind)
+def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor,
+            group: int) -> dict[str, dict[str, Tensor]]:
+    """Of each of KINDS and each row the SNR (B,)."""
+    snr, n = {kind: {} for kind in KINDS}, W.shape[1]
+    counts = {kind: counted(trajectories, kind) for kind in KINDS}
     for name in ROWS:
         C, kept = coefficients(trajectories, name, group)
-        g = torch.bmm((C * counts).view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]      # eq. 22
-        signal, noise = signal_noise(g @ g.T, W * kept)
-        snr[name] = signal / noise
+        for kind in KINDS:
+            g = torch.bmm((C * counts[kind]).view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]   # eq. 22
+            signal, noise = signal_noise(g @ g.T, W * kept)
+            snr[kind][name] = signal / noise
     return snr
 
 
@@ -179,16 +181,15 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int) -> list[dict]:
     S = mapo.trajectory_score(s, looked, Config.lam)
     z, W = torch.tensor([float(grounded(t)) for t in trajectories]), resamples(n)
     model = moments(z.view(n, GROUP), r.view(n, GROUP), S.view(n, GROUP), W)
-    predicted = interval(model.snr(.4) / model.snr(0.))
-    u, lines = score_vectors(policy, trajectories), []
-    for kind in KINDS:
-        snr = compare(trajectories, u, W, GROUP, kind)
+    common = {"trajectories": measure(trajectories),
+              "predicted": interval(model.snr(.4) / model.snr(0.))}
+    lines = []
+    for kind, snr in compare(trajectories, score_vectors(policy, trajectories), W, GROUP).items():
         rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
                 for name, x in snr.items()}
         base = snr["grpo"].clamp(min=0)        # a ratio to what may be 0 says nothing
         gains = {name: interval(snr[name] / base) for name in ("grpo + S, beta 0.4", AIM)}
-        lines.append({"tokens": kind, "trajectories": measure(trajectories), "rows": rows,
-                      "predicted": predicted, "gains": gains})
+        lines.append({"tokens": kind, "rows": rows, "gains": gains} | common)
     return lines
 
 
@@ -261,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             for found in probe(policy, scorer, args.options, args.questions):
                 line = about | {"when": when, "model": model} | found
                 lines.append(json.dumps(line, allow_nan=False) + "\n")
-        args.out.write_text("".join(lines))
+            args.out.write_text("".join(lines))         # a kill loses one model's
     records = [json.loads(line) for line in args.out.open()]
     if args.out == NUMBERS:
         PAGE.write_text(page(records))
