@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from lib import benchmarks, checkpoint, shard
 from lib.data import DataError, Question, check_pictures, listed
-from lib.policy import Policy
+from lib.policy import Policy, Tokens
 from reward import Scorer, astray, grounded, measure, outcome, score_looks
-from rollout import Trajectory, collect
-from show import film_strip, restore, stack, write_page
+from rollout import Trajectory, Turn, collect
+from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
+from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
 # What a --resume may change. (With another batch, sampled answers are others, but as good.)
@@ -137,6 +138,17 @@ def record(trajectory: Trajectory) -> dict:
             "end": trajectory.end, "correct": outcome(question, trajectory.answer),
             "hit": grounded(trajectory) if question.boxes else None, "seen": trajectory.seen,
             "space": trajectory.space, "turns": turns}
+
+
+def restore(saved: dict, question: Question) -> Trajectory:
+    """The trajectory of a saved line: what was said, done and scored, without tokens and crops."""
+    turns = []
+    for turn in saved["turns"]:
+        call = turn["tool"] and Call(turn["tool"], turn["label"], turn["arguments"])
+        turns.append(Turn(turn["text"], slice(0, 0), call, turn["box"], error=turn["error"],
+                          message=turn.get("message", ""), score=turn["score"]))
+    return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
+                      turns, saved["answer"], saved["end"])
 
 
 def predictions(out: Path) -> list[Path]:

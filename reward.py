@@ -147,15 +147,17 @@ def measure(trajectories: list[Trajectory],
             total: Callable[[float], float] = lambda x: x) -> dict[str, float | None]:
     """Means over trajectories (over those of all ranks, if `total` sums over ranks):
 
-    accuracy; calls, looks a trajectory; valid, share of turns without an error; hit, share of
-    trajectories whose looks showed all the evidence; gap, share of looks that are astray; lucky,
-    share of right answers without a hit; semantic, mean score of the looks. None: nothing known."""
+    accuracy; answered, share of trajectories that end in an answer; calls, looks a trajectory;
+    valid, share of turns without an error; hit, share of trajectories whose looks showed all the
+    evidence; gap, share of looks that are astray; lucky, share of right answers without a hit;
+    semantic, mean score of the looks. None: nothing known."""
     right = [bool(outcome(t.question, t.answer)) for t in trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     known = [i for i, t in enumerate(trajectories) if t.question.boxes]
     hits = {i: grounded(trajectories[i]) for i in known}
     mapped = [t for t in trajectories if t.question.objects]
     values = {"accuracy": right,
+              "answered": [t.answer is not None for t in trajectories],
               "calls": [len(t.looks) for t in trajectories],
               "valid": [not turn.error for turn in turns],
               "hit": list(hits.values()),

@@ -10,7 +10,6 @@ Run it:  python show.py                               # one trajectory of tiny/ 
          python show.py --model runs/mapo --index 3   # its film strip is in runs/show.png
          python show.py runs/mapo runs/grpo           # both side by side: runs/mapo/page.html
          python show.py --text runs/mapo --step 20    # what the agent did at that step
-         python show.py --gif runs/mapo               # watch it learn: runs/mapo/watch.gif
 """
 import argparse
 import re
@@ -24,10 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lib import benchmarks, page
 from lib.checkpoint import newest
 from lib.data import DataError, Question
-from lib.policy import Policy, Tokens
-from rollout import Trajectory, Turn, collect
+from lib.policy import Policy
+from rollout import Trajectory, collect
 from tiny.world import World, world_question
-from tools import Call
 
 SIDE = 192                    # longer side of a picture in a film strip, in pixels
 FRAME = 2 * SIDE + 24         # width of a frame: the overview, the crop, and space
@@ -148,62 +146,6 @@ def draw_again(names: Iterable[str], world: World) -> Iterator[Question]:
             yield world_question(world, int(match[2]), match[1], int(match[3]))
 
 
-# ---- watch it learn ------------------------------------------------------------------------------
-
-def write_animation(folder: Path) -> Path:
-    """The film strips of three watched questions, one below the other, as a GIF: a frame for each
-    step. They are one of each category, as far as there are three."""
-    watched = page.read_run(folder)["watched"]
-    questions = find_questions(watched, folder, held_out=True)
-    first, steps = {}, {}
-    for saved in watched:
-        if saved["id"] in questions:
-            first.setdefault(saved["category"], saved["id"])
-            steps.setdefault(saved["step"], {})[saved["id"]] = saved
-    if not steps:
-        raise FileNotFoundError(f"{folder}: expected watched.jsonl of a run of train.py")
-    chosen = list(dict.fromkeys([*first.values(), *questions]))[:3]
-    frames = []
-    for step, asked in steps.items():
-        films = [replay(asked[name], questions[name]) for name in chosen if name in asked]
-        frames.append(stack([film_strip(film, f"step {step}: ") for film in films]))
-    file = folder / "watch.gif"
-    write_gif(frames, file)
-    return file
-
-
-def write_gif(frames: list[Image.Image], file: Path) -> None:
-    """Pictures of one height as an animation."""
-    film = stack(frames).quantize(256)                 # one palette for all: no colour flickers
-    height = frames[0].height
-    frames = [film.crop((0, top, film.width, top + height))
-              for top in range(0, film.height, height)]
-    times = [900] * (len(frames) - 1) + [3000]         # milliseconds
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
-
-
-def restore(saved: dict, question: Question) -> Trajectory:
-    """The trajectory of a saved line (eval.record): what was said, done and scored, without tokens
-    and crops."""
-    turns = []
-    for turn in saved["turns"]:
-        call = turn["tool"] and Call(turn["tool"], turn["label"], turn["arguments"])
-        turns.append(Turn(turn["text"], slice(0, 0), call, turn["box"], error=turn["error"],
-                          message=turn.get("message", ""), score=turn["score"]))
-    return Trajectory(question, Tokens([]), Tokens([]), [], [], saved["seen"], saved["space"],
-                      turns, saved["answer"], saved["end"])
-
-
-def replay(saved: dict, question: Question) -> Trajectory:
-    """The same, and its looks are carried out again."""
-    image, trajectory = question.open(), restore(saved, question)
-    for turn, line in zip(trajectory.turns, saved["turns"]):
-        if turn.call:
-            crop, turn.box = page.look_again(image, line, saved["space"])
-            turn.crop = page.coarse(crop, line["crop"], SIDE)
-    return trajectory
-
-
 # ---- runs as text --------------------------------------------------------------------------------
 
 def tell(folder: Path, step: int) -> str:
@@ -286,19 +228,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs: one page of them all")
     parser.add_argument("--text", action="store_true", help="a step's trajectories instead")
     parser.add_argument("--step", type=int, default=0, help="which step, with --text")
-    parser.add_argument("--gif", action="store_true", help="an animation of the first run instead")
     parser.add_argument("--model", default="tiny", help="without runs: a model directory")
     parser.add_argument("--index", type=int, default=0, help="of the held-out question")
     args = parser.parse_args()
-    if not args.runs and (args.text or args.gif):
-        parser.error("--text and --gif: expected the folder of a run")
+    if args.text and not args.runs:
+        parser.error("--text: expected the folder of a run")
     try:
         if not args.runs:
             show_one(args)
         elif args.text:
             print(tell(args.runs[0], args.step))
-        elif args.gif:
-            print(write_animation(args.runs[0]))
         else:
             print(write_page(args.runs))
     except (OSError, ValueError) as error:

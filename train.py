@@ -550,6 +550,9 @@ def collapse(metrics: dict) -> str:
     if metrics["calls"] < .1:
         return ("the agent has stopped looking (fewer than 0.1 calls a trajectory): "
                 "raise --beta, or try --credit trajectory")
+    if metrics["answered"] < .5:
+        return ("fewer than half of the trajectories end in an answer: lower --beta or --lr, or "
+                "raise --max_tokens")
     if metrics["entropy"] < .005:
         return ("the policy is nearly deterministic (entropy below 0.005): "
                 "nothing is left to learn from")

@@ -3,8 +3,8 @@
 Every run is `python train.py` with the options that `parts` lists; docs/record.py trains them, and
 docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
 seeds that all its rows have, so a series may be stopped at any time and goes on where it was. On
-the page a table stands below a line `<!-- part: columns -->`, end or speed. The text around them is
-written by hand.
+the page a table stands below a line `<!-- part: columns -->`, such as `<!-- table: end -->`. The
+text around them is written by hand.
 
 Run it:  python docs/experiments.py                       # draws the tables of docs/experiments.md
          python docs/experiments.py --run table           # first trains what this part lacks
@@ -23,7 +23,9 @@ PAGE = Path(__file__).parent / "experiments.md"
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131)                              # Student's t, 95%, of 2, 3, .. 16 values
 
-# A column: held out, after training (how answered, measure, of which questions), or a curve's mean.
+# A column: held out, after training (how answered, measure, of which questions), or the mean of a
+# curve over some steps.
+EARLY, LATE = slice(0, 20), slice(230, 250)
 COLUMNS = {
     "end": {"accuracy, greedy": ("greedy", "accuracy", "all"),
             "accuracy, sampled": ("sampled", "accuracy", "all"),
@@ -32,9 +34,17 @@ COLUMNS = {
             "gap, sampled": ("sampled", "gap", "all"),
             "looks at two objects": ("sampled", "calls", "comparison"),
             "both seen": ("sampled", "hit", "comparison")},
-    "speed": {"accuracy, steps 1-20": "accuracy", "hit, steps 1-20": "hit",
-              "gap, steps 1-20": "gap", "lucky, steps 1-20": "lucky",
-              "groups with signal": "signal_groups", "trajectories a step": "sampled"}}
+    "speed": {"accuracy, steps 1-20": ("accuracy", EARLY), "hit, steps 1-20": ("hit", EARLY),
+              "gap, steps 1-20": ("gap", EARLY), "lucky, steps 1-20": ("lucky", EARLY),
+              "groups with signal": ("signal_groups", EARLY),
+              "trajectories a step": ("sampled", EARLY)},
+    "long": {"accuracy, greedy": ("greedy", "accuracy", "all"),
+             "accuracy, sampled": ("sampled", "accuracy", "all"),
+             "gap, sampled": ("sampled", "gap", "all"),
+             "looks at two objects": ("sampled", "calls", "comparison"),
+             "entropy, steps 1-20": ("entropy", EARLY),
+             "entropy, steps 231-250": ("entropy", LATE),
+             "groups with signal, steps 231-250": ("signal_groups", LATE)}}
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -53,6 +63,7 @@ PPO = "--algo ppo --clip 0.5 --critic_lr 3e-3"
 MAPO = "--algo gspo --clip 10 --beta 0.4 --credit aim"      # what the row of --algo mapo says
 SMALL = " --questions 8 --steps 30 --eval_questions "       # train.py's default size
 LARGE = " --questions 16 --steps 50 --eval_questions 1000"
+LONG = " --questions 8 --steps 250 --eval_questions 1000"
 FEWEST = 3                                                  # seeds of a table
 
 
@@ -80,8 +91,15 @@ def parts() -> dict[str, Part]:
     return {"table": part(range(200, 216), compared, f"{SMALL}1000", "mapo"),
             "coupling": part(range(200, 216), with_score | BASES, f"{SMALL}1000", "", effects),
             "longer": part(range(200, 205), larger, LARGE, "mapo"),
+            "stability": stability(larger),
             "dev": development(),
             "luck": luck()}
+
+
+def stability(rows: dict[str, str]) -> Part:
+    """What happens to an agent that is trained eight times as long."""
+    rows = rows | {"mapo, beta 1": MAPO.replace("--beta 0.4", "--beta 1")}
+    return replace(part(range(200, 203), rows, LONG, "mapo"), columns="long")
 
 
 def development() -> Part:
@@ -132,10 +150,11 @@ def chosen(name: str, runs: list[dict]) -> tuple[tuple[str, str], dict[str, dict
     return best
 
 
-def value(run: dict, column: str | tuple[str, str, str]) -> float | None:
+def value(run: dict, column: tuple) -> float | None:
     """None: nothing to measure, such as the gap of an agent that never looks."""
-    if isinstance(column, str):
-        values = [v for v in run["curves"][column][:20] if v is not None]
+    if len(column) == 2:
+        curve, steps = column
+        values = [v for v in run["curves"][curve][steps] if v is not None]
         return statistics.mean(values) if values else None
     how, measure, questions = column
     return run["results"][f"after {how}"]["categories"][questions][measure]
@@ -158,7 +177,7 @@ def mean_interval(values: list[float | None], digits: int = 3, bold: bool = Fals
     return f"**{text}**" if bold and abs(mean) > half else text
 
 
-def differences(group: dict, pairs: list[tuple[str, str]], column: str | tuple) -> list[float]:
+def differences(group: dict, pairs: list[tuple[str, str]], column: tuple) -> list[float]:
     """One for each seed: one row minus the other, the mean over the pairs."""
     found = []
     for seed in group[pairs[0][0]]:

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "t
 FIRST_CODE = "of b5b2c7e to 98873e0"      # the commits of the lines that name no code
 # Codes that were rewritten and compute the same as an earlier one: in five short runs of both
 # (grpo, gspo, dapo, dr_grpo, ppo; all credits) all metrics, trajectories, weights were equal.
-EQUAL = {"8eabccb4": "7252fb04", "1c35e16b": "7252fb04"}
+EQUAL = {"8eabccb4": "7252fb04", "1c35e16b": "7252fb04", "c1da5eb2": "7252fb04"}
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "entropy",
           "clip_fraction", "seconds", "sampled")
 Job = tuple[str, list[str], int]          # row of a table, options of train.py, seed
@@ -52,7 +53,8 @@ def present() -> tuple[str, str]:
 
 
 def statements(source: str) -> str:
-    """A program without its comments and docstrings, which may be reworded."""
+    """A program without its comments and docstrings, which may be reworded. (Python 3.11 writes it;
+    another one may write the same statements otherwise, and they count as another code.)"""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
@@ -113,10 +115,19 @@ def train(row: str, options: list[str], seed: int, pair: tuple[str, str]) -> str
     if present() != pair:
         raise RuntimeError("the start or the code has changed meanwhile: the run is not recorded")
     run = {"name": row, "seed": seed, "start": pair[0], "code": pair[1], "options": options,
-           "seconds": round(time.time() - began), **numbers(out)}
+           "seconds": round(time.time() - began), "collapses": collapses(log.read_text()),
+           **numbers(out)}
     with RESULTS.open("ab", buffering=0) as file:       # one write: a kill tears no line
         file.write((json.dumps(run) + "\n").encode())
     return f"{row}, seed {seed}: {run['seconds']} s, {out}"
+
+
+def collapses(log: str) -> dict[str, list[int]]:
+    """What train.py named as a collapse -> in which steps."""
+    found = {}
+    for step, words in re.findall(r"^step (\d+): collapse: (.*)", log, re.MULTILINE):
+        found.setdefault(words, []).append(int(step))
+    return found
 
 
 def numbers(out: Path) -> dict:
@@ -136,9 +147,10 @@ def judge(options: list[str]) -> None:
     from lib.policy import Policy
     from reward import Scorer
     config = training.parse_config(options)
-    questions, scorer = training.held_out(config), Scorer(Policy(newest(config.model)))
+    questions = training.held_out(config)
+    scorer = Scorer(Policy(newest(config.model), config.device))
     run = SimpleNamespace(config=config, tests=questions, scorer=scorer)
-    answers = training.judge(run, Policy(newest(config.out)))
+    answers = training.judge(run, Policy(newest(config.out), config.device))
     results = {f"after {how}": {"categories": summary(answers[how], questions)} for how in answers}
     (Path(config.out) / "results.json").write_text(json.dumps(results))
 

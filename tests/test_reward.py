@@ -172,6 +172,12 @@ def test_errors_and_scores_are_measured():
     assert m["valid"] == pytest.approx(2 / 3) and m["semantic"] == pytest.approx(.4)
 
 
+def test_how_many_end_in_an_answer():
+    silent = story("rising", ("the red circle", CLOSE))
+    silent.answer = None
+    assert measure(FOUR)["answered"] == 1 and measure([silent, *FOUR])["answered"] == .8
+
+
 def test_measures_over_ranks():
     """Two ranks with one and three of the stories say what one says of all four."""
     sums = {}

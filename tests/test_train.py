@@ -348,7 +348,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     after = load_file(whole / "step-000003/model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
-    assert {"accuracy", "calls", "valid", "hit", "gap", "lucky", "semantic", "signal_groups",
+    assert {"accuracy", "answered", "calls", "valid", "hit", "gap", "lucky", "semantic", "signal_groups",
             "sampled", "loss", "entropy", "kl", "clip_fraction", "logp_gap", "micro_batches",
             "grad_norm", "lr", "skipped", "changed"} <= set(lines[0])
     for line in lines:                                    # of the second update: the ratio moved
@@ -521,10 +521,11 @@ def test_bad_settings_stop_before_anything_runs(arguments, words, capsys):
 @pytest.mark.parametrize("metrics, words", [
     ({}, ""), ({"calls": .05}, "stopped looking"), ({"grad_norm": math.nan}, "not finite"),
     ({"entropy": .001}, "deterministic"), ({"valid": .2}, "malformed"),
+    ({"answered": .4}, "end in an answer"),
     ({"skipped": 1., "entropy": 0.}, "no group had a signal"),
     ({"skipped": 1., "grad_norm": math.inf}, "not finite")])
 def test_collapse_is_named(metrics, words):
-    well = {"calls": 1., "grad_norm": 1., "entropy": .5, "valid": 1., "skipped": 0.}
+    well = {"calls": 1., "grad_norm": 1., "entropy": .5, "valid": 1., "skipped": 0., "answered": 1.}
     said = collapse(well | metrics)
     assert words in said and bool(said) == bool(words)
 
