@@ -62,6 +62,7 @@ BASES = {"gspo": "--algo gspo --clip 10", "grpo": "--algo grpo", "dapo": "--algo
 PPO = "--algo ppo --clip 0.5 --critic_lr 3e-3"
 MAPO = "--algo gspo --clip 10 --beta 0.4 --credit aim"      # what the row of --algo mapo says
 SMALL = " --questions 8 --steps 30 --eval_questions "       # train.py's default size
+CHOICE = f"{SMALL}600 --eval_start 100000"                  # for choices: other questions
 LARGE = " --questions 16 --steps 50 --eval_questions 1000"
 LONG = " --questions 8 --steps 250 --eval_questions 1000"
 FEWEST = 3                                                  # seeds of a table
@@ -93,6 +94,7 @@ def parts() -> dict[str, Part]:
             "longer": part(range(200, 205), larger, LARGE, "mapo"),
             "stability": stability(larger),
             "dev": development(),
+            "tuning": tuning(compared),
             "luck": luck()}
 
 
@@ -112,7 +114,28 @@ def development() -> Part:
     pooled = {f"{one} - {other}, three bases pooled": list(zip(credits[one], credits[other]))
               for one, other in (("aim", "trajectory"), ("aim", "look"), ("look", "trajectory"))}
     first = "gspo + beta 0.4, aim"
-    return part(range(100, 108), rows, f"{SMALL}600 --eval_start 100000", first, pooled)
+    return part(range(100, 108), rows, CHOICE, first, pooled)
+
+
+def tuning(compared: dict[str, str]) -> Part:
+    """The rows of the table with another clip range, or twice the learning rate."""
+    rows = {}
+    for row, options in compared.items():
+        rows[row] = options
+        rows[f"{row}, clip / 2"] = scaled(options, "--clip", .5, usual=1)
+        rows[f"{row}, clip x 2"] = scaled(options, "--clip", 2, usual=1)
+        rows[f"{row}, lr x 2"] = scaled(options, "--lr", 2, usual=1.5e-4)
+    return part(range(100, 103), rows, CHOICE)
+
+
+def scaled(options: str, name: str, factor: float, usual: float) -> str:
+    """The options with another value of one, which may not stand there yet."""
+    words = options.split()
+    if name not in words:
+        words += [name, str(usual)]
+    place = words.index(name) + 1
+    words[place] = f"{factor * float(words[place]):g}"
+    return " ".join(words)
 
 
 def luck() -> Part:

@@ -167,7 +167,7 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(experiments, "present", lambda: ("s", "c"))
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
-                      "luck": 8 * 8, "stability": 4 * 3}
+                      "luck": 8 * 8, "stability": 4 * 3, "tuning": 24 * 3}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
     assert seeds == sorted(3 * list(range(200, 205)))
@@ -177,10 +177,21 @@ def test_what_is_missing(monkeypatch):
 
 
 def test_development_shares_nothing_with_what_is_reported():
-    parts = experiments.parts()
-    for name, part in parts.items():
-        assert name == "dev" or not set(part.seeds) & set(parts["dev"].seeds)
-    assert all("--eval_start 100000" in options for options in parts["dev"].rows.values())
+    """Neither seeds nor held-out questions."""
+    seeds = {True: set(), False: set()}
+    for name, part in experiments.parts().items():
+        for_choices = name in ("dev", "tuning")
+        seeds[for_choices] |= set(part.seeds)
+        for options in part.rows.values():
+            assert ("--eval_start 100000" in options) == for_choices
+    assert not seeds[True] & seeds[False]
+
+
+def test_a_setting_is_scaled():
+    scaled = experiments.scaled
+    assert scaled("--algo gspo --clip 10 --beta 0.4", "--clip", .5, 1) == (
+        "--algo gspo --clip 5 --beta 0.4")
+    assert scaled("--algo grpo", "--lr", 2, 1.5e-4) == "--algo grpo --lr 0.0003"
 
 
 def test_expected_time_by_hand():
