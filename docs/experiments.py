@@ -2,11 +2,12 @@
 
 Every run is `python train.py` with the options that `parts` lists; docs/record.py trains them, and
 docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
-seeds that all its rows have, so a series may be stopped at any time and goes on where it was. On
-the page a table stands below a line `<!-- part: columns -->`, such as `<!-- table: end -->`. The
-text around them is written by hand.
+seeds that all its rows have, so a series may be stopped at any time and goes on where it was.
 
-Run it:  python docs/experiments.py                       # draws the tables of docs/experiments.md
+On two pages, experiments.md (what is reported) and choices.md (what was chosen), a table stands
+below a line such as `<!-- table: end -->`: the part and its columns. The text is written by hand.
+
+Run it:  python docs/experiments.py                       # draws the tables of both pages
          python docs/experiments.py --run table           # first trains what this part lacks
 """
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from record import Job, expected_seconds, origin, present, read_runs, settings, train_all
 
-PAGE = Path(__file__).parent / "experiments.md"
+PAGES = [Path(__file__).with_name(name) for name in ("experiments.md", "choices.md")]
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131)                              # Student's t, 95%, of 2, 3, .. 16 values
 
@@ -38,10 +39,15 @@ COLUMNS = {
               "gap, steps 1-20": ("gap", EARLY), "lucky, steps 1-20": ("lucky", EARLY),
               "groups with signal": ("signal_groups", EARLY),
               "trajectories a step": ("sampled", EARLY)},
+    "choice": {"accuracy, greedy": ("greedy", "accuracy", "all"),
+               "accuracy, sampled": ("sampled", "accuracy", "all"),
+               "gap, sampled": ("sampled", "gap", "all"),
+               "looks at two objects": ("sampled", "calls", "comparison")},
     "long": {"accuracy, greedy": ("greedy", "accuracy", "all"),
              "accuracy, sampled": ("sampled", "accuracy", "all"),
              "gap, sampled": ("sampled", "gap", "all"),
              "looks at two objects": ("sampled", "calls", "comparison"),
+             "turns without error": ("sampled", "valid", "all"),
              "entropy, steps 1-20": ("entropy", EARLY),
              "entropy, steps 231-250": ("entropy", LATE),
              "groups with signal, steps 231-250": ("signal_groups", LATE)}}
@@ -65,7 +71,7 @@ SMALL = " --questions 8 --steps 30 --eval_questions "       # train.py's default
 CHOICE = f"{SMALL}600 --eval_start 100000"                  # for choices: other questions
 LARGE = " --questions 16 --steps 50 --eval_questions 1000"
 LONG = " --questions 8 --steps 250 --eval_questions 1000"
-FEWEST = 3                                                  # seeds of a table
+FEWEST = 2                                                  # seeds of a table
 
 
 def coupled(beta: str, credit: str) -> dict[str, str]:
@@ -101,7 +107,7 @@ def parts() -> dict[str, Part]:
 def stability(rows: dict[str, str]) -> Part:
     """What happens to an agent that is trained eight times as long."""
     rows = rows | {"mapo, beta 1": MAPO.replace("--beta 0.4", "--beta 1")}
-    return replace(part(range(200, 203), rows, LONG, "mapo"), columns="long")
+    return replace(part(range(200, 203), rows, LONG), columns="long")
 
 
 def development() -> Part:
@@ -191,10 +197,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def mean_interval(values: list[float | None], digits: int = 3, bold: bool = False) -> str:
-    """mean ± half; `bold`, if the interval excludes 0."""
+    """mean ± half; `bold`, if the interval excludes 0. One value or two as they are."""
     values = [v for v in values if v is not None]
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else "-"
+    if len(values) <= 2:                               # too few for an interval
+        return ", ".join(f"{v:.{digits}f}" for v in values) or "-"
     mean, half = interval(values)
     text = f"{mean:.{digits}f} ± {half:.{digits}f}"
     return f"**{text}**" if bold and abs(mean) > half else text
@@ -231,10 +237,10 @@ def table(name: str, columns: dict, runs: list[dict]) -> list[str]:
     return lines
 
 
-def page(runs: list[dict]) -> str:
-    """The page as it stands, with its tables drawn again."""
+def redrawn(page: str, runs: list[dict]) -> str:
+    """The page with its tables drawn again."""
     lines, old_table = [], False
-    for line in PAGE.read_text().splitlines():
+    for line in page.splitlines():
         old_table = old_table and line.startswith("|")
         if old_table:
             continue
@@ -275,7 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"experiments.py: {error}")
         for name in args.run:
             print("\n".join(table(name, COLUMNS[parts()[name].columns], read_runs())))
-    PAGE.write_text(page(read_runs()))
+    for page in PAGES:
+        page.write_text(redrawn(page.read_text(), read_runs()))
 
 
 if __name__ == "__main__":

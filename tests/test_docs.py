@@ -39,11 +39,22 @@ def text(path: Path | str) -> str:
 
 # ---- pages and numbers ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "docs").glob("*.jsonl")))
+def records_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in text(f"docs/{name}.jsonl").splitlines()]
+
+
+NUMBERS = {path.stem for path in (ROOT / "docs").glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS - {"experiments"}))
 def test_page_is_made_of_its_numbers(name):
     """Nobody wrote a number by hand."""
-    records = [json.loads(line) for line in text(f"docs/{name}.jsonl").splitlines()]
-    assert importlib.import_module(name).page(records) == text(f"docs/{name}.md")
+    assert importlib.import_module(name).page(records_of(name)) == text(f"docs/{name}.md")
+
+
+@pytest.mark.parametrize("path", experiments.PAGES, ids=lambda path: path.name)
+def test_the_experiments_tables_are_made_of_their_numbers(path):
+    assert experiments.redrawn(text(path), records_of("experiments")) == text(path)
 
 
 def tables(page: str) -> list[dict]:
@@ -96,6 +107,7 @@ def test_intervals_by_hand():
     """1, 2, 3: mean 2, standard deviation 1, t(2) 4.303: 2 ± 4.303 / sqrt 3."""
     assert experiments.mean_interval([1, 2, None, 3]) == "2.000 ± 2.484"
     assert experiments.mean_interval([1.]) == "1.000" and experiments.mean_interval([None]) == "-"
+    assert experiments.mean_interval([1., 2.]) == "1.000, 2.000"
     assert experiments.mean_interval([1, 2, 3], bold=True) == "2.000 ± 2.484"
     assert experiments.mean_interval([4, 5, 6], bold=True) == "**5.000 ± 2.484**"
 
@@ -146,7 +158,7 @@ def test_the_row_of_mapo_is_that_of_the_experiments():
 
 def test_a_table_takes_one_start_and_one_code():
     """The pair that has all rows in the most seeds, and the newer of equals; a seed that a row
-    lacks is left out; fewer than three are no table. Lines without a code are one code."""
+    lacks is left out; fewer than two are no table. Lines without a code are one code."""
     old, new = of_part("longer", ("s", "c"), lambda *_: .2), of_part("longer", ("s", "d"))
     (pair, group) = experiments.chosen("longer", old + new[:-1])
     assert pair == ("s", "c") and len(group["mapo"]) == 5
@@ -155,9 +167,9 @@ def test_a_table_takes_one_start_and_one_code():
     assert experiments.chosen("longer", old + new)[0] == ("s", "d")
     group = experiments.chosen("longer", new[:-1])[1]
     assert all(list(of_seed) == [200, 201, 202, 203] for of_seed in group.values())
-    assert experiments.chosen("longer", new[:-3])[1] == {}
-    assert experiments.table("longer", experiments.COLUMNS["end"], new[:-3]) == []
-    for run in old[:3]:
+    assert experiments.chosen("longer", new[:-4])[1] == {}
+    assert experiments.table("longer", experiments.COLUMNS["end"], new[:-4]) == []
+    for run in old[:4]:
         del run["code"]
     assert experiments.chosen("longer", old)[1] == {}
 
@@ -203,21 +215,20 @@ def test_expected_time_by_hand():
     assert record.expected_seconds(jobs, runs) == 400
 
 
-def test_the_page_keeps_its_text(tmp_path, monkeypatch):
+def test_a_page_keeps_its_text():
     """Only the table below a marker is drawn again; a part without all its runs has none."""
     page = "# A\n\n<!-- longer: end -->\n{}\nWords.\n\n| a | table |\n|---|---|\n| of | ours |\n"
-    monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
-    experiments.PAGE.write_text(page.replace("{}", "| old |\n|---|\n"))
-    assert experiments.page([]) == page.replace("{}\n", "\n")
+    old = page.replace("{}", "| old |\n|---|\n")
+    assert experiments.redrawn(old, []) == page.replace("{}\n", "\n")
     runs = of_part("longer")
     table = "\n".join(experiments.table("longer", experiments.COLUMNS["end"], runs))
-    assert experiments.page(runs) == page.replace("{}", table + "\n")
+    assert experiments.redrawn(old, runs) == page.replace("{}", table + "\n")
 
 
 def test_what_is_said_beforehand(tmp_path, monkeypatch, capsys):
     """15 runs of a minute each, two at a time."""
-    monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
-    experiments.PAGE.write_text("# A\n")
+    monkeypatch.setattr(experiments, "PAGES", [tmp_path / "page.md"])
+    experiments.PAGES[0].write_text("# A\n")
     monkeypatch.setattr(experiments, "read_runs", lambda: of_part("longer", ("s", "older")))
     trained = []
     monkeypatch.setattr(experiments, "train_all", lambda jobs, count: trained.extend(jobs))

@@ -348,9 +348,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     after = load_file(whole / "step-000003/model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
-    assert {"accuracy", "answered", "calls", "valid", "hit", "gap", "lucky", "semantic", "signal_groups",
-            "sampled", "loss", "entropy", "kl", "clip_fraction", "logp_gap", "micro_batches",
-            "grad_norm", "lr", "skipped", "changed"} <= set(lines[0])
+    assert {"accuracy", "answered", "calls", "valid", "hit", "gap", "lucky", "semantic",
+            "signal_groups", "sampled", "loss", "entropy", "kl", "clip_fraction", "logp_gap",
+            "micro_batches", "grad_norm", "lr", "skipped", "changed"} <= set(lines[0])
     for line in lines:                                    # of the second update: the ratio moved
         assert line["kl"] > 1e-6 and line["logp_gap"] < 1e-4 and line["skipped"] == 0
         assert line["grad_norm"] > 0 and line["value_loss"] > 0 and line["micro_batches"] > 1
