@@ -185,7 +185,8 @@ def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
 
 def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Question]) -> Scorer:
     """Its encoder is the frozen model at which training began, as train.py notes it beside the
-    weights; else the model itself. Reference crops are of --data, or of the world."""
+    weights; else the model itself. Reference crops are of --data, or of the world. (A run on your
+    own questions took them from its training file: its scores differ a little.)"""
     note, base = Path(args.model) / "train.json", args.model
     if note.is_file():
         base = json.loads(note.read_text(encoding="utf-8"))["model"]

@@ -105,9 +105,10 @@ def look_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int
 
         A_it = (1 - beta) (r_i - mean r) + beta (S_it - mean S)                  (5)
 
-    S_it is eq. 1 over the looks from turn t on, so a look is not paid for the looks before it.
-    An answer cannot change the looks before it: after a look it has S_it = mean S, so the score
-    neither pays nor blames it. (Left out: to answer is also not to look again.)"""
+    S_it is eq. 1 over the looks from turn t on, so a look is not paid for the looks before it. An
+    answer cannot change the looks before it. So in a turn after the last look S_it is set to
+    mean S, and the score neither pays nor blames the turn. (This forgets that whoever answers chose
+    not to look again.)"""
     S_rest = score_to_go(scores, looked, lam)                                 # (N, T)
     no_look_left = looked.any(1, keepdim=True) & (looks_left(looked) == 0)
     S_rest = torch.where(no_look_left, group_mean(S, group)[:, None], S_rest)
@@ -165,11 +166,13 @@ def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
 
 def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip_low: float = .2,
          clip_high: float = .2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4. logp, old_logp, advantage, weight: (B, L); weight is 0 where the token is not the
-    agent's. Returns the loss, a scalar, and what was measured on the way, summed with the weights:
-    kl, the estimate E[ratio - 1 - log ratio] of KL(old || new) (Schulman's k3), and clip_fraction,
-    the share of tokens whose gradient the clip removed. There is no dual clip (arXiv 1912.09729):
-    it would also bound a large ratio under a negative advantage."""
+    """Eq. 4. logp, old_logp, advantage, weight: (B, L), a column for each token but the first,
+    which nothing predicts; weight is 0 where the token is not the agent's.
+
+    Returns the loss, a scalar, and what was measured on the way, summed with the weights: kl,
+    the estimate E[ratio - 1 - log ratio] of KL(old || new) (Schulman's k3), and clip_fraction,
+    the share of tokens whose gradient the clip removed. There is no dual clip (arXiv
+    1912.09729): it would also bound a large ratio under a negative advantage."""
     log_ratio = (logp - old_logp).clamp(-20, 20)          # (B, L)
     kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum().detach()
     if ratio == "sequence":
@@ -192,7 +195,7 @@ def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tenso
     own = (weight > 0).float()
     count = own.sum(1, keepdim=True).clamp(min=1)
     mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)
-    return mean.detach() + (logp - logp.detach())         # the bracket is 0, with the slope of logp
+    return mean.detach() + (logp - logp.detach())         # value: the mean; slope: that of logp
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ class Algorithm:
 ALGORITHMS = {
     "mapo": Algorithm(beta=.4, credit="aim", ratio="sequence", clip_low=3e-3, clip_high=4e-3),
     "grpo": Algorithm(),                                                 # arXiv 2402.03300
-    "dr_grpo": Algorithm(std=False, mean="token"),                       # arXiv 2503.20783
+    "dr_grpo": Algorithm(std=False, mean="token"),      # arXiv 2503.20783; it divides by a constant
     "dapo": Algorithm(mean="token", clip_high=.28, max_draws=10, overlong=.2),     # 2503.14476
     "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # arXiv 2507.18071
     "ppo": Algorithm(mean="token", critic=True),                         # arXiv 1707.06347
@@ -258,13 +261,13 @@ def demonstrate() -> None:
     columns = {name: advantages(r, scores, looked, 5, row.beta, std=row.std)
                for name, row in ALGORITHMS.items() if not row.critic}    # PPO asks a value head
     header = "".join(f"{'A, ' + name:>12}" for name in columns)
-    print(f"{'one group of five':22} {'r':>4} {'S':>5}{header}")
+    print(f"{'credit by trajectory':22} {'r':>4} {'S':>5}{header}")
     for i, story in enumerate(stories):
         cells = "".join(f"{column[i]:12.2f}" for column in columns.values())
         print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}{cells}")
     print("GRPO pays all right answers alike; "
           "MAPO tells the look that earned the answer from the guess that hit it.\n"
-          "Here credit is by trajectory; dapo and gspo differ from grpo in eq. 4. "
+          "dapo and gspo differ from grpo in eq. 4, dapo also in its questions and its penalty.\n"
           "MAPO's own credit is aim:\n")
 
     scores, looked = (torch.cat([x, torch.zeros(5, 1)], 1) for x in (scores, looked))   # + answers

@@ -9,8 +9,8 @@ and the last hidden state of each is compared (E5-V, arXiv 2407.12580).
     contrast(l, x) = (cos(l, x) - mean cos(l, x')) / std cos(l, x')                (9)
     s(l, x) = sigmoid(sharpness (contrast(l, x) - threshold))                      (10)
 
-Eq. 9: mean and std are over reference crops x'. This defeats vague labels: a label that fits all
-crops alike has contrast 0, and there s = sigmoid(1.5 (0 - 2)) = 0.05.
+Eq. 9: mean and std are over reference crops x'. This keeps vague labels from paying: a label that
+fits all crops alike has a contrast of 0 on the average, and there s = sigmoid(1.5 (0 - 2)) = 0.05.
 Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand; docs/score.md
 judges them.
 
@@ -42,7 +42,8 @@ SHARPNESS, THRESHOLD = 1.5, 2.0   # of eq. 10
 
 def outcome(question: Question, answer: str | None) -> float:
     """r: 1.0 if the answer is right, else 0.0. A benchmark's question is scored by its own rule.
-    Else an answer names an option by text or letter; an open one agrees but for case and signs."""
+    Else an answer names an option by text or letter; an open one is compared as `normalise` writes
+    it: without case, and without most punctuation."""
     if answer is None:
         return 0.
     if question.meta:
@@ -131,7 +132,7 @@ def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
 # ---- what really happened (needs a world that knows; None where it does not) ---------------------
 
 def astray(turn: Turn, question: Question) -> bool:
-    """The crop does not hold what the label names. A label that names nothing is astray, too."""
+    """The crop holds no object that the label names. A label that names none is astray, too."""
     label = turn.call.label.lower()
     named = [box for name, box in question.objects.items() if name.lower() in label]
     return not any(holds(turn.box, box) for box in named)

@@ -71,7 +71,7 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     temperature 0 is greedy. Whatever the agent writes, this raises nothing. Raises ValueError for a
     question that is longer than the model's positions."""
     images, prompts, trajectories = begin(policy, questions, group)
-    kind = GraphSession if policy.device.type == "cuda" else Session      # the same, rounded
+    kind = GraphSession if policy.device.type == "cuda" else Session      # the same up to rounding
     session = kind(policy, prompts, group)
     active = list(range(len(trajectories)))     # the trajectory of each row of the session
     for number in range(1, max_turns + 1):

@@ -1,16 +1,17 @@
 """What the agent can do: read one turn of its text, run the tool that it calls.
 
 What it teaches: an agent's output is *hostile input*. A turn of text becomes exactly one of three
-things: a `Call`, an `Answer`, or a `ToolError` whose message the agent reads as its next
-observation. Nothing here evaluates or trusts what a model wrote, and every length is bounded.
+things: a `Call`, an `Answer`, or a `ToolError`. If the episode goes on, the agent reads the error's
+message as its next observation. Nothing here evaluates or trusts what a model wrote, and every
+length is bounded.
 
     <think>...</think><tool_call>{"name": "image_zoom_in_tool",
         "arguments": {"label": "the red sign", "bbox_2d": [x1, y1, x2, y2]}}</tool_call>
 
 MAPO makes `label` mandatory for every tool, and puts it first: say what you look for, *then* look.
-A box is in pixels of the image that the model saw; the crop is cut from the original, and one
-function, `to_original`, maps between the two. The dict TOOLS holds the tools; a new one is added
-there and nowhere else (docs/extending.md shows how).
+A box is in pixels of the image that the model saw, or in thousandths of its sides. The crop is cut
+from the original, and one function, `to_original`, maps between the two. The dict TOOLS holds the
+tools; a new one is added there and nowhere else (docs/extending.md shows how).
 
 Run it:  python tools.py            # good and bad calls, and what the agent gets back; 1 s
 """
@@ -46,7 +47,7 @@ class Answer:
 
 class ToolError(Exception):
     """A turn that cannot be run. `kind` is a short name for counting; `str(error)` is what the
-    agent reads. `final`: the turn neither called nor answered, which ends the episode."""
+    agent reads. `final`: the turn holds no call and no answer, which ends the episode."""
 
     def __init__(self, kind: str, message: str, final: bool = False):
         super().__init__(f"Error: {message}")

@@ -1,7 +1,8 @@
 """Train an agent that looks: roll out, score, advantage, accumulate, step.
 
 What it teaches: the whole loop of agentic RL on one screen, nothing hidden in a framework. `train`
-is the loop; every line of it is a named step, and the steps follow in the same order:
+is the loop; its lines are named steps. Four of them are the method; below they follow in the same
+order:
 
     roll out     `group` trajectories of each of `questions` questions; their outcomes r, and
                  the semantic score s of every look       (rollout.py, reward.py)
@@ -306,7 +307,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
     """This rank's trajectories of a step, scored: those to learn from, and all that were sampled.
 
     Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out, and
-    others drawn in their place, `max_draws` times at most. If no group has a signal, the last ones
+    others drawn in their place: `max_draws` draws in all. If no group has a signal, the last ones
     are returned; their advantages are 0."""
     config, kept, sampled = run.config, [], []
     wanted = config.questions // shard.ranks() * config.group
@@ -337,7 +338,7 @@ def token_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Advantage of each token (N, L - 1); column j speaks of token j + 1."""
     config, algorithm = run.config, run.algorithm
     r, s, looked = rewards(trajectories)
-    if algorithm.overlong:                         # length alone must not make a signal
+    if algorithm.overlong:              # not in groups without signal: length alone must make none
         limit = config.max_turns * config.max_tokens
         lengths = torch.tensor([sum(t.mask) for t in trajectories])
         penalty = mapo.overlong_penalty(lengths, limit, round(algorithm.overlong * limit))
@@ -363,7 +364,8 @@ class Batch:
 
 def to_batch(trajectories: list[Trajectory], advantage: Tensor, algorithm: mapo.Algorithm) -> Batch:
     """The weights of all tokens are fixed here, before the first backward: so the gradients of
-    micro-batches add up to the same sum, however they are cut, on any number of ranks."""
+    micro-batches add up to the same sum, however they are cut, on any number of ranks. Those of
+    this rank sum to its share of what all ranks have."""
     mask = pad([t.mask for t in trajectories], False)
     count = float(mask.sum() if algorithm.mean == "token" else len(mask))
     weight = mapo.token_weights(mask, algorithm.mean) * (count / shard.all_sum(count))
@@ -527,7 +529,7 @@ def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: l
     checkpoint.append(run.out / "metrics.jsonl", [metrics])
     for i in sorted({0, 1, config.group} & set(range(len(batch.trajectories)))):
         trajectory, advantage = batch.trajectories[i], batch.advantage[i]
-        # that of a turn's last token, token span.stop - 1, stands one column before it
+        # token k stands in column k - 1; a turn's last token is span.stop - 1
         of_turns = [round(advantage[turn.span.stop - 2].item(), 4) for turn in trajectory.turns]
         line = {"step": step + 1, "advantage": of_turns, **record(trajectory)}
         checkpoint.append(run.out / "trajectories.jsonl", [line])

@@ -243,8 +243,8 @@ def chosen_by_us(question: Question, answer: str | None) -> int | None:
 
 
 def correct(question: Question, answer: str | None, ours: bool = False) -> bool:
-    """Is the answer to a benchmark's question right? The reference compares letters. Our rule
-    takes another option with the right one's text for right, too."""
+    """Is the answer to a benchmark's question right? The reference compares letters. By our rule,
+    of two options with the same text either is right."""
     right = LETTERS.index(question.answer)
     if not ours:
         return chosen(question, answer) == right
@@ -261,7 +261,7 @@ def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, i
     groups = {}
     for question, right in results:
         cycle = question.meta.get("cycle_category", "")
-        for place in enumerate(labels(question)):      # so categories come first, and "all" last
+        for place in enumerate(labels(question)):      # (level, label): sorted, "all" comes last
             groups.setdefault(place, {}).setdefault(cycle, []).append(right)
     rows = []
     for (_, label), cycles in sorted(groups.items()):

@@ -40,8 +40,8 @@ def holds_a_run(folder: Path) -> bool:
 
 
 def choose_folder(folder: Path, resume: bool) -> Path:
-    """Where a run goes: a new one into the first of folder, folder-2, folder-3, .. that holds none;
-    a resumed one into the last of those before it that has a checkpoint.
+    """Where a run goes. A new one: the first of folder, folder-2, folder-3, .. that holds no run. A
+    resumed one: the last of them that has a checkpoint.
 
     Raises FileNotFoundError if there is nothing to resume."""
     new, taken = folder, []
@@ -150,7 +150,7 @@ def write(aside: Path, step: int, policy: Policy, optimisers: list[shard.Sharded
 
 
 def sums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file, by its name in the folder: what is damaged must not be gone on from."""
+    """CRC-32 of each file, by its name in the folder: nothing may go on from damaged files."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total = 0
@@ -188,7 +188,7 @@ def load(checkpoint: Path, optimisers: list[shard.ShardedAdamW], generator: torc
 
 def check_settings(folder: Path, settings: dict, free: set[str], note: str = "train.json") -> None:
     """Raises ValueError if the run had other settings, by the note in its folder, but for the
-    `free` ones: what would go on were neither run."""
+    `free` ones: it would end as neither the old run nor a new one."""
     before = json.loads((folder / note).read_text(encoding="utf-8"))
     changed = [f"--{name} {before[name]!r} there and {value!r} now"
                for name, value in settings.items()

@@ -36,8 +36,8 @@ class GraphSession(Session):
     def sample(self, max_tokens: int, temperature: float = 1.0,
                generator: torch.Generator | None = None
                ) -> tuple[list[list[int]], list[list[float]]]:
-        """As Session.sample does it; in between, the cache has max_tokens columns more. Each turn
-        is recorded anew, for its width is another."""
+        """As Session.sample does it. While it runs, the cache has max_tokens columns more. Each
+        turn has another width, so each is recorded anew."""
         growing, used = self.cache, self.mask.shape[1]
         self.mask = F.pad(self.mask, (0, max_tokens))               # False: not there yet
         self.columns = torch.arange(used + max_tokens, device=self.mask.device)

@@ -196,8 +196,8 @@ class Policy:
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
         """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
-        A prompt that several rows share (the same object) is computed once. Its last token P is
-        left out: its state is needed in each row, where it chooses the row's first own token.
+        A prompt that several rows share (the same object) is computed once, but for its last token
+        P. Each row begins with P: what it says there predicts the agent's first token.
 
             computed once    p p         cached, once a row    p p     the rows    P a a
                              q q                               p p                 P b
@@ -402,12 +402,12 @@ def distinct(items: list) -> tuple[list, list[int]]:
 
 
 class Repeatable(DynamicLayer):
-    """A cache's layer for training: `past` keys and values, and those that come now. A DynamicLayer
-    grows in place. With recompute_layers a layer runs twice, and would append the new keys twice.
-    Here an update starts from `past` again.
+    """A cache's layer for training: `past` keys and values, and those that come now.
 
-    Without a past it holds the keys of its first run. Those of the second would keep its autograd
-    graph: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
+    With recompute_layers a layer runs twice. A DynamicLayer would append the new keys twice; here
+    each run starts from `past` again. Without a past the keys are stored, but only those of the
+    first run: those of the second hold its autograd graph, 5 GB in a micro-batch of a 3B
+    (docs/gpu.md)."""
 
     def __init__(self, *past: Tensor):
         super().__init__()

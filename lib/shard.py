@@ -96,7 +96,7 @@ def named(error: Exception) -> str:
 
 
 def agree(error: Exception | None = None) -> None:
-    """All ranks meet here. If one brings an error, all raise: it its own, the others RankFailed.
+    """All ranks meet here. If one brings an error, it raises that; the others raise RankFailed.
 
     A collective that one rank never joins could only time out. So the ranks meet in torchrun's
     store, where one that failed, or is silent until the timeout, can be named. Each rank counts its
