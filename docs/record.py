@@ -27,7 +27,8 @@ SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "t
 FIRST_CODE = "of b5b2c7e to 98873e0"      # the commits of the lines that name no code
 # Codes that were rewritten and compute the same as an earlier one: in five short runs of both
 # (grpo, gspo, dapo, dr_grpo, ppo; all credits) all metrics, trajectories, weights were equal.
-EQUAL = {"8eabccb4": "7252fb04", "1c35e16b": "7252fb04", "c1da5eb2": "7252fb04"}
+EQUAL = {"8eabccb4": "7252fb04", "1c35e16b": "7252fb04", "c1da5eb2": "7252fb04",
+         "fdd2e216": "7252fb04"}
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "entropy",
           "clip_fraction", "seconds", "sampled")
 Job = tuple[str, list[str], int]          # row of a table, options of train.py, seed

@@ -9,7 +9,7 @@ MAPO under three scores:
     contrast    eq. 8 to 10 (reward.py); any label goes
     refused     eq. 8 to 10, and lib/labels.py refuses vague labels: the default
 
-Run it:  python docs/vague.py             # three seeds of each, 40 minutes -> vague.jsonl, vague.md
+Run it:  python docs/vague.py             # trains what is missing, 20 to 40 minutes -> vague.md
          python docs/vague.py --table     # only the page, from vague.jsonl
 """
 import argparse
@@ -29,12 +29,11 @@ import train
 from experiments import mean_interval
 from lib import labels
 from lib.policy import Policy
+from record import present
 
 RUNS, RESULTS = ROOT / "runs/vague", ROOT / "docs/vague.jsonl"
 VAGUE, ARMS, SEEDS, STEPS = "the object", ("cosine", "contrast", "refused"), range(3), 40
 FIRST, LAST = slice(5), slice(-5, None)
-# Where the runs in vague.jsonl began. After new runs, the hash of their commit goes here.
-START = "These runs began from an older `tiny/`, that of commit fa94ef9, and were not repeated."
 
 
 class Vague(build.Source):
@@ -85,10 +84,11 @@ def run(arm: str, seed: int) -> dict:
           patch.object(labels, "VAGUE", refused)):
         train.train(train.parse_config([
             "--model", str(RUNS / "start"), "--out", str(out), "--seed", str(seed),
-            "--algo", "grpo", "--beta", "0.4", "--steps", str(STEPS), "--eval_questions", "200"]))
+            "--steps", str(STEPS), "--eval_questions", "200"]))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     after = json.loads((out / "results.json").read_text())["after sampled"]
-    line = {"arm": arm, "seed": seed, "after": {key: after[key] for key in ("hit", "accuracy")}}
+    line = {"arm": arm, "seed": seed, "tiny, code": present(),
+            "after": {key: after[key] for key in ("hit", "accuracy")}}
     for key in ("vague", "semantic", "valid"):
         line[key] = [round(step[key] or 0., 4) for step in steps]
     return line
@@ -108,13 +108,12 @@ def page(runs: list[dict]) -> str:
     table = "\n".join(rows)
     return f"""{title}
 
-**{START}**
-
 {about}
 
-`python docs/vague.py` made this page: {STEPS} steps of 8 x 8, {len(SEEDS)} seeds, mean ± 95%
-interval (Student's t). *Vague* is the share of looks described as "the object"; its change is
-taken seed by seed. Held out: 200 questions, sampled.
+`python docs/vague.py` made this page, with `tiny/` and code {" and ".join(runs[0]["tiny, code"])}:
+{STEPS} steps of 8 x 8, {len(SEEDS)} seeds, mean ± 95% interval (Student's t). *Vague* is the share
+of looks described as "the object"; its change is taken seed by seed. Held out: 200 questions,
+sampled.
 
 | | vague, first 5 steps | vague, last 5 | change | semantic, first 5 | semantic, last 5 | \
 valid turns, first 5 | hit, held out | accuracy, held out |
@@ -136,10 +135,15 @@ def means(runs: list[dict], key: str, part: slice) -> list[float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="train nothing")
+    runs = [json.loads(line) for line in RESULTS.open()]
     if not parser.parse_args().table:
+        runs = [done for done in runs if done["tiny, code"] == list(present())]
+        done = {(line["arm"], line["seed"]) for line in runs}
         make_start()
-        lines = [json.dumps(run(arm, seed)) + "\n" for seed in SEEDS for arm in ARMS]
-        RESULTS.write_text("".join(lines))
-    text = page([json.loads(line) for line in RESULTS.open()])
+        for seed, arm in ((seed, arm) for seed in SEEDS for arm in ARMS):
+            if (arm, seed) not in done:
+                runs.append(run(arm, seed))
+                RESULTS.write_text("".join(json.dumps(line) + "\n" for line in runs))
+    text = page(runs)
     (ROOT / "docs/vague.md").write_text(text)
     print(text)
