@@ -196,7 +196,7 @@ def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Questi
     return Scorer(encoder, questions[:64] if args.data else None)
 
 
-def begin(out: Path, settings: dict) -> None:
+def open_folder(out: Path, settings: dict) -> None:
     """Begin in an empty folder, or go on in one whose predictions have the same settings."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(out)                 # before anything in it is touched
@@ -270,7 +270,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"judging {args.model}, the newest weights of {named}")
             if out != Path(args.out):
                 print(f"{args.out} holds a run; this one has --out {out}")
-            begin(out, settings)
+            open_folder(out, settings)
     with shard.together():
         ask(args, policy, scorer, questions, out)
     if shard.rank() == 0:

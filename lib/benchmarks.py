@@ -261,7 +261,7 @@ def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, i
     groups = {}
     for question, right in results:
         cycle = question.meta.get("cycle_category", "")
-        for place in enumerate(labels(question)):      # (level, label): sorted, "all" comes last
+        for place in enumerate(rows_of(question)):     # (level, label): sorted, "all" comes last
             groups.setdefault(place, {}).setdefault(cycle, []).append(right)
     rows = []
     for (_, label), cycles in sorted(groups.items()):
@@ -270,7 +270,7 @@ def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, i
     return rows
 
 
-def labels(question: Question) -> list[str]:
+def rows_of(question: Question) -> list[str]:
     """The rows of the table in which a question counts."""
     category = question.category or "(none)"
     if question.meta["benchmark"] == "MME-RealWorld-Lite":

@@ -55,11 +55,11 @@ def number(value: object) -> float | None:
     return round(value, 4)
 
 
-def listed(value: object) -> list:
+def as_list(value: object) -> list:
     return value if isinstance(value, list) else []
 
 
-def inside(value: object) -> dict:
+def as_dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
@@ -106,7 +106,7 @@ def raw_lines(files: Sequence[Path]) -> Iterator[bytes]:
 def parse(line: bytes) -> dict:
     """The object of a line; empty if a kill has torn the line, or it holds something else."""
     try:
-        return inside(json.loads(line))
+        return as_dict(json.loads(line))
     except (ValueError, RecursionError):
         return {}
 
@@ -153,8 +153,8 @@ def read_results(folder: Path) -> list[dict]:
     saved = parse(file.read_bytes()) if file.is_file() else {}
     for title, found in saved.items():
         when, _, how = text(title).partition(" ")
-        for category, measures in inside(inside(found).get("categories")).items():
-            values = {name: number(inside(measures).get(name)) for name in COLUMNS}
+        for category, measures in as_dict(as_dict(found).get("categories")).items():
+            values = {name: number(as_dict(measures).get(name)) for name in COLUMNS}
             rows.append({"when": when, "how": how, "category": text(category), **values})
     return rows[:MAX_ROWS]
 
@@ -163,7 +163,7 @@ def read_results(folder: Path) -> list[dict]:
 
 def view(saved: dict) -> dict:
     """A record of eval.py as a person sees it."""
-    turns, advantages = [], listed(saved.get("advantage"))
+    turns, advantages = [], as_list(saved.get("advantage"))
     for i, turn in enumerate(saved_turns(saved)):
         turns.append({
             "text": text(turn.get("text"), LONG),
@@ -181,7 +181,7 @@ def view(saved: dict) -> dict:
         "id": text(saved.get("id")),
         "category": text(saved.get("category")),
         "question": text(saved.get("question"), LONG),
-        "choices": [text(choice) for choice in listed(saved.get("choices"))[:MAX_CHOICES]],
+        "choices": [text(choice) for choice in as_list(saved.get("choices"))[:MAX_CHOICES]],
         "right": text(saved.get("right")),
         "answer": text(saved.get("answer")),
         "end": text(saved.get("end")),
@@ -193,7 +193,7 @@ def view(saved: dict) -> dict:
 
 
 def saved_turns(saved: dict) -> list[dict]:
-    turns = [turn for turn in listed(saved.get("turns")) if isinstance(turn, dict)]
+    turns = [turn for turn in as_list(saved.get("turns")) if isinstance(turn, dict)]
     return turns[:MAX_TURNS]
 
 
@@ -202,13 +202,13 @@ def saved_turns(saved: dict) -> list[dict]:
 def add_pictures(view: dict, saved: dict, question: Question, pictures: dict) -> None:
     """Give a view the names of its pictures, and its boxes. What cannot be drawn is left out."""
     try:
-        draw(view, saved, question, pictures)
+        place_pictures(view, saved, question, pictures)
     except (DataError, ToolError, OSError, MemoryError, ArithmeticError, AttributeError,
             LookupError, TypeError, ValueError):        # a file may hold anything
         return
 
 
-def draw(view: dict, saved: dict, question: Question, pictures: dict) -> None:
+def place_pictures(view: dict, saved: dict, question: Question, pictures: dict) -> None:
     image = question.open()
     view["evidence"] = [share(box, image.size) for box in question.boxes]
     view["picture"] = keep(coarse(image, saved["seen"], OVERVIEW), pictures)
