@@ -124,22 +124,21 @@ def development() -> Part:
 
 
 def tuning(compared: dict[str, str]) -> Part:
-    """The rows of the table with another clip range, or twice the learning rate."""
+    """The rows of the table with half and twice their clip range."""
     rows = {}
     for row, options in compared.items():
         rows[row] = options
-        rows[f"{row}, clip / 2"] = scaled(options, "--clip", .5, usual=1)
-        rows[f"{row}, clip x 2"] = scaled(options, "--clip", 2, usual=1)
-        rows[f"{row}, lr x 2"] = scaled(options, "--lr", 2, usual=1.5e-4)
+        rows[f"{row}, clip / 2"] = clip_scaled(options, .5)
+        rows[f"{row}, clip x 2"] = clip_scaled(options, 2)
     return part(range(100, 103), rows, CHOICE)
 
 
-def scaled(options: str, name: str, factor: float, usual: float) -> str:
-    """The options with another value of one, which may not stand there yet."""
+def clip_scaled(options: str, factor: float) -> str:
+    """The options with another --clip. It is 1 where they do not name it."""
     words = options.split()
-    if name not in words:
-        words += [name, str(usual)]
-    place = words.index(name) + 1
+    if "--clip" not in words:
+        words += ["--clip", "1"]
+    place = words.index("--clip") + 1
     words[place] = f"{factor * float(words[place]):g}"
     return " ".join(words)
 
