@@ -272,8 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.run:
         jobs = missing(args.run, read_runs())
         minutes = expected_seconds(jobs, read_runs()) / args.jobs / 60
-        print(f"{len(jobs)} runs, {args.jobs} side by side: about {minutes:.0f} min "
-              "(runs that name no code were timed without loading and evaluating)", flush=True)
+        print(f"{len(jobs)} runs, {args.jobs} side by side: about {minutes:.0f} min", flush=True)
         try:
             train_all(jobs, args.jobs)
         except RuntimeError as error:

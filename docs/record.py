@@ -24,7 +24,6 @@ TRAIN, JUDGE = [sys.executable, "train.py"], [sys.executable, "docs/record.py"]
 SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
                 "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
                 "lib/shard.py", "lib/data.py")
-FIRST_CODE = "of b5b2c7e to 98873e0"      # the commits of the lines that name no code
 # Codes that were rewritten and compute the same as an earlier one: in five short runs of both
 # (grpo, gspo, dapo, dr_grpo, ppo; all credits) all metrics, trajectories, weights were equal.
 EQUAL = {"8eabccb4": "7252fb04", "1c35e16b": "7252fb04", "c1da5eb2": "7252fb04",
@@ -42,7 +41,7 @@ def read_runs() -> list[dict]:
 
 def origin(run: dict) -> tuple[str, str]:
     """(start, code) of a recorded run."""
-    return run["start"], run.get("code", FIRST_CODE)
+    return run["start"], run["code"]
 
 
 def present() -> tuple[str, str]:
@@ -75,14 +74,11 @@ def size(options: list[str]) -> frozenset:
 
 
 def expected_seconds(jobs: list[Job], runs: list[dict]) -> float:
-    """One after the other, by the median of the recorded runs of each size. Of old runs only the
-    steps were timed: they count where no run was timed as a whole."""
+    """One after the other, by the median of the recorded runs of each size."""
     total = 0.
     for _, options, _ in jobs:
-        same = [run for run in runs if size(run["options"]) == size(options)]
-        whole = [run["seconds"] for run in same if "seconds" in run]
-        steps = [sum(run["curves"]["seconds"]) for run in same]
-        total += statistics.median(whole or steps or [0.])
+        same = [run["seconds"] for run in runs if size(run["options"]) == size(options)]
+        total += statistics.median(same or [0.])
     return total
 
 

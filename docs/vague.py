@@ -115,7 +115,8 @@ def page(runs: list[dict]) -> str:
 of looks described as "the object", over five steps; its change from the first column to the second
 is taken seed by seed. Held out: 200 questions, sampled.
 
-| | vague, steps 1-5 | vague, steps 11-15 | vague, last 5 | change to 11-15 | semantic, first 5 | semantic, last 5 | \
+| | vague, steps 1-5 | vague, steps 11-15 | vague, last 5 | change to 11-15 | \
+semantic, first 5 | semantic, last 5 | \
 valid turns, first 5 | hit, held out | accuracy, held out |
 |---|---|---|---|---|---|---|---|---|---|
 {table}
