@@ -124,10 +124,10 @@ def development() -> Part:
 
 
 def tuning(compared: dict[str, str]) -> Part:
-    """The rows of the table with half and twice their clip range."""
-    rows = {}
-    for row, options in compared.items():
-        rows[row] = options
+    """The baselines that are near `mapo`, with half and twice their clip range."""
+    rows = {"mapo": MAPO}
+    for row in ("gspo", "grpo", "dapo", "dr_grpo"):
+        rows[row] = options = compared[row]
         rows[f"{row}, clip / 2"] = clip_scaled(options, .5)
         rows[f"{row}, clip x 2"] = clip_scaled(options, 2)
     return part(range(100, 103), rows, CHOICE)
