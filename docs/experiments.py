@@ -117,10 +117,14 @@ def development() -> Part:
     for beta in ("0.2", "0.6"):
         row = f"gspo + beta {beta}, aim"
         rows[row] = coupled(beta, "aim")[row]
-    pooled = {f"{one} - {other}, three bases pooled": list(zip(credits[one], credits[other]))
-              for one, other in (("aim", "trajectory"), ("aim", "look"), ("look", "trajectory"))}
-    first = "gspo + beta 0.4, aim"
-    return part(range(100, 108), rows, CHOICE, first, pooled)
+    pairs = {f"{one} - {other}, three bases pooled": list(zip(credits[one], credits[other]))
+             for one, other in (("aim", "trajectory"), ("aim", "look"), ("look", "trajectory"))}
+    for base in ("grpo", "dapo"):
+        pairs[f"gspo - {base}, three credits pooled"] = [
+            (f"gspo + beta 0.4, {credit}", f"{base} + beta 0.4, {credit}") for credit in credits]
+    for beta in ("0.2", "0.4"):
+        pairs[f"beta 0.6 - beta {beta}"] = [("gspo + beta 0.6, aim", f"gspo + beta {beta}, aim")]
+    return part(range(100, 108), rows, CHOICE, pooled=pairs)
 
 
 def tuning(compared: dict[str, str]) -> Part:
