@@ -101,6 +101,7 @@ def parts() -> dict[str, Part]:
             "stability": stability(larger),
             "dev": development(),
             "tuning": tuning(compared),
+            "revised": revised(larger),
             "luck": luck()}
 
 
@@ -124,7 +125,7 @@ def development() -> Part:
             (f"gspo + beta 0.4, {credit}", f"{base} + beta 0.4, {credit}") for credit in credits]
     for beta in ("0.2", "0.4"):
         pairs[f"beta 0.6 - beta {beta}"] = [("gspo + beta 0.6, aim", f"gspo + beta {beta}, aim")]
-    return part(range(100, 108), rows, CHOICE, pooled=pairs)
+    return replace(part(range(100, 108), rows, CHOICE, pooled=pairs), columns="choice")
 
 
 def tuning(compared: dict[str, str]) -> Part:
@@ -132,9 +133,15 @@ def tuning(compared: dict[str, str]) -> Part:
     rows = {"mapo": MAPO}
     for row in ("gspo", "grpo", "dapo", "dr_grpo"):
         rows[row] = options = compared[row]
-        rows[f"{row}, clip / 2"] = clip_scaled(options, .5)
+        rows[f"{row}, clip x 0.5"] = clip_scaled(options, .5)
         rows[f"{row}, clip x 2"] = clip_scaled(options, 2)
-    return part(range(100, 103), rows, CHOICE)
+    return replace(part(range(100, 103), rows, CHOICE), columns="choice")
+
+
+def revised(rows: dict[str, str]) -> Part:
+    """What the runs for choices would have chosen, on seeds that are reported."""
+    rows = {"mapo, beta 0.6": MAPO.replace("--beta 0.4", "--beta 0.6")} | rows
+    return part(range(200, 206), rows, f"{SMALL}1000", "mapo, beta 0.6")
 
 
 def clip_scaled(options: str, factor: float) -> str:
@@ -260,10 +267,10 @@ def missing(names: list[str], runs: list[dict]) -> list[Job]:
     early, the rows have as many seeds."""
     jobs, now = {}, present()
     done = {(settings(run["options"]), run["seed"]) for run in runs if origin(run) == now}
-    for part in (parts()[name] for name in names):
-        for row, options in part.rows.items():
-            for seed in part.seeds:
-                jobs[settings(options.split()), seed] = row, options.split(), seed
+    for name in names:
+        for row, options in parts()[name].rows.items():
+            for seed in parts()[name].seeds:
+                jobs[settings(options.split()), seed] = f"{name}, {row}", options.split(), seed
     return sorted((job for key, job in jobs.items() if key not in done), key=lambda job: job[2])
 
 

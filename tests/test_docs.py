@@ -176,13 +176,15 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(experiments, "present", lambda: ("s", "c"))
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
-                      "luck": 8 * 8, "stability": 4 * 3, "tuning": 13 * 3}
+                      "luck": 8 * 8, "stability": 4 * 3, "tuning": 13 * 3,
+                      "revised": 4 * 6}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
     assert seeds == sorted(3 * list(range(200, 205)))
     done = of_part("longer")[3:] + of_part("longer", ("s", "other"))
     left = experiments.missing(["longer"], done)
-    assert [(row, seed) for row, _, seed in left] == [("mapo", 200), ("mapo", 201), ("mapo", 202)]
+    assert [(row, seed) for row, _, seed in left] == [
+        ("longer, mapo", 200), ("longer, mapo", 201), ("longer, mapo", 202)]
 
 
 def test_development_shares_nothing_with_what_is_reported():
