@@ -171,8 +171,8 @@ def luck() -> Part:
 # ---- tables --------------------------------------------------------------------------------------
 
 def chosen(name: str, runs: list[dict]) -> tuple[tuple[str, str], dict[str, dict[int, dict]]]:
-    """The (start, code) that has all rows of a part in the most seeds, the newer one of equals; and
-    row -> seed -> run of these seeds. Nothing with fewer than FEWEST seeds."""
+    """The (start, code) with the most seeds for which every row of a part has a run, the newer one
+    of equals; and row -> seed -> run of these seeds. Nothing with fewer than FEWEST seeds."""
     part, found = parts()[name], {}
     rows = {settings(options.split()): row for row, options in part.rows.items()}
     for run in runs:
@@ -200,19 +200,18 @@ def value(run: dict, column: tuple) -> float | None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half its 95% interval over seeds (Student's t; one seed has none: 0)."""
+    """The mean, and half its 95% interval over seeds, two or more (Student's t)."""
     n = len(values)
-    half = T95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.
-    return statistics.mean(values), half
+    return statistics.mean(values), T95[n - 2] * statistics.stdev(values) / math.sqrt(n)
 
 
-def mean_interval(values: list[float | None], digits: int = 3, bold: bool = False) -> str:
+def mean_interval(values: list[float | None], bold: bool = False) -> str:
     """mean ± half; `bold`, if the interval excludes 0. One value or two as they are."""
     values = [v for v in values if v is not None]
     if len(values) <= 2:                               # too few for an interval
-        return ", ".join(f"{v:.{digits}f}" for v in values) or "-"
+        return ", ".join(f"{v:.3f}" for v in values) or "-"
     mean, half = interval(values)
-    text = f"{mean:.{digits}f} ± {half:.{digits}f}"
+    text = f"{mean:.3f} ± {half:.3f}"
     return f"**{text}**" if bold and abs(mean) > half else text
 
 

@@ -273,7 +273,7 @@ def trainer(tmp_path, monkeypatch):
 
 
 def jobs_of(*seeds: int) -> list[tuple]:
-    return [("a row, tuned", ["--algo", "grpo"], seed) for seed in seeds]
+    return [("a row / 2", ["--algo", "grpo"], seed) for seed in seeds]
 
 
 def test_runs_are_recorded_as_they_end(trainer):
@@ -288,7 +288,7 @@ def test_runs_are_recorded_as_they_end(trainer):
     assert run["options"] == ["--algo", "grpo"] and run["curves"]["gap"] == [.3333, .3333]
     assert run["results"] == {"after greedy": {"accuracy": .6667}}
     folders = sorted(path.name for path in (trainer / "runs").iterdir() if path.is_dir())
-    assert folders == ["arow,tuned-0", "arow,tuned-0-2", "arow,tuned-1", "arow,tuned-2"]
+    assert folders == ["arow-2-0", "arow-2-0-2", "arow-2-1", "arow-2-2"]
 
 
 def test_a_failed_run_stops_the_series_and_loses_none(trainer):
