@@ -122,8 +122,8 @@ valid turns, first 5 | hit, held out | accuracy, held out |
 {table}
 
 - Under the cosine the vague label pays at first: its share grows in every seed. Later it falls
-  again, to 0.59, 0.48 and 0.73, but it does not vanish. (The column of steps 11 to 15 was added when
-  the curves had been seen.)
+  again, to 0.59, 0.48 and 0.73, but it does not vanish. (The column of steps 11 to 15 was added
+  when the curves had been seen.)
 - Under the contrast it does not pay: after 15 steps it is nearly gone, after {STEPS} wholly, in
   every seed.
 - To refuse it costs valid turns at first; a refused call is no look, so its share is 0. After
