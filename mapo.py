@@ -65,7 +65,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
 
     N is questions x group; the trajectories of a group are contiguous. `credit` says which turns
     the score pays: "trajectory", all alike, (N,); "look", eq. 5, or "aim", eq. 6: (N, T).
-    std False leaves out the division (Dr. GRPO). A group of equal returns gets exactly 0.
+    All are divided by the std of the returns R; std False leaves that out (Dr. GRPO). A group of
+    equal returns gets exactly 0.
     The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
     Raises ValueError on shapes or options that do not fit."""
     check(r, scores, looked, group, beta, lam, credit)
@@ -188,10 +189,10 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
 def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tensor:
     """GSPO's ratio, exp(mean of the log-ratios of a trajectory's tokens): (B, L), equal in a row.
 
-    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3): that of token j is ratio A_j
-    times the gradient of logp_j alone. In plain GSPO each token's loss moves all tokens of the row.
-    With one advantage for the whole trajectory both give the same gradient. With one for each turn
-    plain GSPO would mix the turns up."""
+    Forward each token has the row's mean. Backward token j moves logp_j alone, by ratio A_j: this
+    is GSPO-token (arXiv 2507.18071, sec. 4.3). In plain GSPO each token's loss moves all tokens of
+    the row. With one advantage for the trajectory both give the same gradient, as the weights of a
+    row are equal. With one for each turn plain GSPO would mix the turns up."""
     own = (weight > 0).float()
     count = own.sum(1, keepdim=True).clamp(min=1)
     mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)
@@ -205,7 +206,7 @@ class Algorithm:
     """One row: how scores become a return, and how far one batch may move the policy.
 
     The row of MAPO is the coupling on GSPO's ratio, with ten times GSPO's clip range. What we could
-    read of the paper leaves base and credit open; docs/experiments.md says how they were chosen."""
+    read of the paper leaves base and credit open; docs/choices.md says how they were chosen."""
     beta: float = 0.            # weight of the semantic score, eq. 2; composes with every row
     credit: str = "trajectory"  # which turns the score pays; composes with every row, too
     std: bool = True            # divide by the group's standard deviation, eq. 3
@@ -221,7 +222,7 @@ class Algorithm:
 ALGORITHMS = {
     "mapo": Algorithm(beta=.4, credit="aim", ratio="sequence", clip_low=3e-3, clip_high=4e-3),
     "grpo": Algorithm(),                                                 # arXiv 2402.03300
-    "dr_grpo": Algorithm(std=False, mean="token"),      # arXiv 2503.20783; it divides by a constant
+    "dr_grpo": Algorithm(std=False, mean="token"),  # 2503.20783; the paper divides by a constant
     "dapo": Algorithm(mean="token", clip_high=.28, max_draws=10, overlong=.2),     # 2503.14476
     "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # arXiv 2507.18071
     "ppo": Algorithm(mean="token", critic=True),                         # arXiv 1707.06347

@@ -94,7 +94,7 @@ class Scorer:
 
 
 def random_crop(policy: Policy, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A square of 1/8 to 1/2 of the image's sides, as the zoom tool would show it."""
+    """A crop with 1/8 to 1/2 of the image's sides, as the zoom tool would show it."""
     side = rng.uniform(1 / 8, 1 / 2)
     x, y = rng.uniform(0, 1 - side, 2)
     width, height = policy.resolution.size(*image.size)

@@ -47,7 +47,7 @@ class Answer:
 
 class ToolError(Exception):
     """A turn that cannot be run. `kind` is a short name for counting; `str(error)` is what the
-    agent reads. `final`: the turn holds no call and no answer, which ends the episode."""
+    agent reads. `final`: it ends the episode: no action was begun, or the answer is empty."""
 
     def __init__(self, kind: str, message: str, final: bool = False):
         super().__init__(f"Error: {message}")
@@ -138,7 +138,7 @@ class Resolution:
     resample: int = Image.BICUBIC   # Pillow's filter; tiny/ has BOX, the mean of an area
 
     def crop(self) -> "Resolution":
-        """A crop costs at most a quarter of the largest image's tokens: looking stays cheap."""
+        """A crop has at most a quarter of the largest image's pixels: looking stays cheap."""
         return replace(self, max_pixels=max(self.min_pixels, self.max_pixels // 4))
 
     def size(self, width: int, height: int) -> tuple[int, int]:
@@ -251,7 +251,7 @@ def zoom_call(label: str, box: tuple | list, gap: str = "") -> str:
 
 
 def system_prompt(coordinates: str = "pixels") -> str:
-    """The "# Tools" prompt in Qwen's style, for a model that never saw our cold start.
+    """The "# Tools" prompt in Qwen's style. tiny/ needs none: it was taught by imitation.
     coordinates: in what boxes are given, "pixels" or "1000"."""
     units = {"pixels": "pixels of the image",
              "1000": "thousandths of the image's width and height, 0 to 1000"}

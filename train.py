@@ -11,12 +11,12 @@ order:
     step         AdamW, its states shared by the ranks                               (lib/shard.py)
 
 DAPO draws again where a group has no signal, and PPO has a critic instead of the group; both are
-rows of mapo.ALGORITHMS. Left out: a KL penalty with its reference policy (kl is only measured), and
-asynchronous sampling. The vision tower is frozen, so that an image is encoded once and serves
+rows of mapo.ALGORITHMS. Left out: a KL penalty (kl, to the policy that sampled, is only measured),
+and asynchronous sampling. The vision tower is frozen, so that an image is encoded once and serves
 sampling, training and the semantic score.
 
 Run it:  python train.py                              # MAPO on the embedded agent
-         python train.py --beta 0                     # the same without the semantic score
+         python train.py --beta 0                     # without the semantic score: GSPO, clip 10
          python train.py --algo grpo                  # GRPO, another row of mapo.ALGORITHMS
          python train.py --resume --steps 60          # goes on from the newest checkpoint
          torchrun --nproc-per-node 2 train.py         # two processes share the questions
@@ -364,8 +364,8 @@ class Batch:
 
 def to_batch(trajectories: list[Trajectory], advantage: Tensor, algorithm: mapo.Algorithm) -> Batch:
     """The weights of all tokens are fixed here, before the first backward: so the gradients of
-    micro-batches add up to the same sum, however they are cut, on any number of ranks. Those of
-    this rank sum to its share of what all ranks have."""
+    micro-batches add up to the same sum, however they are cut, on any number of ranks. On each rank
+    they sum to its share: its count over that of all ranks."""
     mask = pad([t.mask for t in trajectories], False)
     count = float(mask.sum() if algorithm.mean == "token" else len(mask))
     weight = mapo.token_weights(mask, algorithm.mean) * (count / shard.all_sum(count))

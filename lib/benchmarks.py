@@ -67,7 +67,7 @@ def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Questio
                 expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
                 row = dict(zip(columns, fields))
                 question, image = tsv_question(name, row, where), row["image"].strip()
-                if len(image) <= 64:                       # the index of the row with the image
+                if len(image) <= 64:                       # of a row that has the image
                     borrowed.append((question, image))
                 else:
                     column = columns.index("image")

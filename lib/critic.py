@@ -38,6 +38,7 @@ def gae(reward: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.,
     for j in reversed(range(values.shape[1])):
         delta = reward[:, j] + gamma * next_value - values[:, j]
         here = delta + gamma * gae_lam * next_advantage
+        # off the mask both are passed on: the agent's next token is what counts
         next_advantage = torch.where(own[:, j], here, next_advantage)
         next_value = torch.where(own[:, j], values[:, j], next_value)
         advantage[:, j] = next_advantage

@@ -26,12 +26,12 @@ from lib.data import DataError, Question
 from tools import TOOLS, ToolError
 
 TEMPLATE = Path(__file__).with_name("page.html")
-LONG, SHORT = 2000, 200         # characters that are kept of a turn, and of any other text
+LONG, SHORT = 2000, 200         # characters that are kept of a turn or question, of other texts
 MAX_TURNS, MAX_CHOICES = 12, 26
 MAX_TRAJECTORIES = 150          # of all runs together, beside the watched ones
 MAX_STEPS, MAX_WATCHED = 20, 8  # of the watched questions
 MAX_POINTS = 500                # of a curve
-MAX_ROWS = 400                  # of results.json
+MAX_ROWS = 400                  # of results.json, and of settings
 OVERVIEW, CROP = 320, 144       # longer side of a picture in pixels, at most
 CURVES = ("accuracy", "hit", "gap", "lucky", "semantic", "calls", "entropy", "signal_groups")
 COLUMNS = ("n", "accuracy", "hit", "gap", "lucky", "calls", "semantic")
@@ -85,7 +85,7 @@ def read_run(folder: Path, share: int = 1) -> dict:
         "name": text(folder.resolve().name),
         "planned": number(settings.get("steps")),
         "settings": {text(name): text(value)
-                     for name, value in settings.items() if name not in OWN},
+                     for name, value in list(settings.items())[:MAX_ROWS] if name not in OWN},
         "results": read_results(folder),
         "steps": [number(line["step"]) for line in metrics],
         "curves": {name: curves[name] for name in known},

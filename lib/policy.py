@@ -13,9 +13,9 @@ The one distribution, for a hidden state h, the model's last matrix W and a temp
     log pi(token | h) = log_softmax(W h / T), without the ids of VISION below
 
 An agent that wrote a word of VISION would claim an image that is not there. So these words are
-banned when it samples (lib/sampler.py), and in the trainer's softmax as well: if the two differed,
-the ratio of the new policy to the old one would not be 1 before a step. It is, within 1e-4 in
-float32, for any padding, any order of the batch and any number of turns.
+banned when it samples, and in the trainer's softmax as well: if the two differed, the ratio of the
+new policy to the old one would not be 1 before a step. It is, within 1e-4 in float32, for any
+padding, any order of the batch and any number of turns.
 
 Run it:  python -m lib.policy      # a small picture: its tokens, positions, log-probabilities
 """
@@ -85,6 +85,7 @@ class Policy:
         self.end_ids = {self.end_id, words.get("<|endoftext|>", self.end_id),
                         *(ends if isinstance(ends, list) else [ends])}
         # Qwen's templates put a line break on both sides of what a tool returned; tiny/'s has none.
+        # A made-up conversation shows which this is.
         shown = self.chat([{"role": "user", "content": ""}, {"role": "tool", "content": SLOT}])
         self.line_break = "\n" if f"<tool_response>\n{SLOT}" in shown else ""
 
@@ -196,8 +197,8 @@ class Policy:
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
         """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
 
-        A prompt that several rows share (the same object) is computed once, but for its last token
-        P. Each row begins with P: what it says there predicts the agent's first token.
+        A prompt that several rows share (the same object) is computed once, without its last token
+        P. Each row is fed P again: the state at P predicts the agent's first token.
 
             computed once    p p         cached, once a row    p p     the rows    P a a
                              q q                               p p                 P b

@@ -99,8 +99,8 @@ def agree(error: Exception | None = None) -> None:
     """All ranks meet here. If one brings an error, it raises that; the others raise RankFailed.
 
     A collective that one rank never joins could only time out. So the ranks meet in torchrun's
-    store, where one that failed, or is silent until the timeout, can be named. Each rank counts its
-    meetings, and at the third one rank 0 leaves its word under "3/0"."""
+    store, where one that failed, or is silent until the timeout, can be named. At its third meeting
+    rank 0 writes its error, or an empty text, under "3/0"."""
     if STORE:
         meeting = STORE.add(f"meetings of {rank()}", 1)
         STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
@@ -229,7 +229,7 @@ class ShardedAdamW:
         if ranks() > 1:
             for p in parameters:
                 dist.broadcast(p.detach(), 0)
-        self.buckets = pack(parameters[::-1], bucket)   # the last layers first
+        self.buckets = pack(parameters[::-1], bucket)
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
