@@ -101,7 +101,7 @@ def parts() -> dict[str, Part]:
             "stability": stability(larger),
             "dev": development(),
             "tuning": tuning(compared),
-            "revised": revised(larger),
+            "revised": revised(compared),
             "luck": luck()}
 
 
@@ -138,10 +138,13 @@ def tuning(compared: dict[str, str]) -> Part:
     return replace(part(range(100, 103), rows, CHOICE), columns="choice")
 
 
-def revised(rows: dict[str, str]) -> Part:
+def revised(compared: dict[str, str]) -> Part:
     """What the runs for choices would have chosen, on seeds that are reported."""
-    rows = {"mapo, beta 0.6": MAPO.replace("--beta 0.4", "--beta 0.6")} | rows
-    return part(range(200, 206), rows, f"{SMALL}1000", "mapo, beta 0.6")
+    rows = {"mapo": MAPO, "mapo, beta 0.6": MAPO.replace("--beta 0.4", "--beta 0.6"),
+            "gspo": compared["gspo"]}
+    for row in ("grpo", "dapo", "dr_grpo"):
+        rows[f"{row}, clip x 0.5"] = clip_scaled(compared[row], .5)
+    return part(range(200, 206), rows, f"{SMALL}1000", "mapo")
 
 
 def clip_scaled(options: str, factor: float) -> str:

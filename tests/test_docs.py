@@ -177,7 +177,7 @@ def test_what_is_missing(monkeypatch):
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
                       "luck": 8 * 8, "stability": 4 * 3, "tuning": 13 * 3,
-                      "revised": 4 * 6}
+                      "revised": 6 * 6}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
     assert seeds == sorted(3 * list(range(200, 205)))
