@@ -95,7 +95,7 @@ class Config:
     coordinates: str = option("", "of boxes: pixels or 1000 (thousandths); default: the model's")
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
-    quiet: bool = option(False, "print nothing before the closing summary but a collapse")
+    quiet: bool = option(False, "no progress and no tables: the closing summary, and a collapse")
 
     def __post_init__(self):
         row = mapo.ALGORITHMS.get(self.algo, mapo.Algorithm())
@@ -244,7 +244,7 @@ def prepare(config: Config) -> Run:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.lock(out)
             for name in ("metrics.jsonl", "trajectories.jsonl", "watched.jsonl"):
-                checkpoint.keep_lines(out / name, run.first)
+                checkpoint.keep_lines(out / name, run.first if saved else -1)
             if out != Path(config.out):
                 print(f"the run's folder is {out}" + ("" if saved else f": {config.out} holds one"))
     return run

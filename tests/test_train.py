@@ -390,6 +390,14 @@ def test_a_new_run_leaves_the_old_one_alone(finished, tmp_path, capsys):
     assert files_of(old) == before
 
 
+def test_lines_of_a_run_killed_before_its_first_step_are_dropped(tmp_path):
+    """It had watched the start, and no folder of a run is left by that."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/watched.jsonl").write_text('{"step": 0, "id": "old"}\n')
+    train(small(tmp_path / "run"))
+    assert "old" not in (tmp_path / "run/watched.jsonl").read_text()
+
+
 def test_resume_refuses_other_settings(finished):
     """What is different is named, and nothing has been written."""
     before = files_of(finished)
