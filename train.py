@@ -244,7 +244,7 @@ def prepare(config: Config) -> Run:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.lock(out)
             for name in ("metrics.jsonl", "trajectories.jsonl", "watched.jsonl"):
-                checkpoint.keep_lines(out / name, run.first if saved else -1)
+                checkpoint.keep_lines(out / name, run.first if saved else -1)      # -1: none
             if out != Path(config.out):
                 print(f"the run's folder is {out}" + ("" if saved else f": {config.out} holds one"))
     return run

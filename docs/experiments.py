@@ -27,30 +27,27 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 # A column: held out, after training (how answered, measure, of which questions), or the mean of a
 # curve over some steps.
 EARLY, LATE = slice(0, 20), slice(230, 250)
+END = {"accuracy, greedy": ("greedy", "accuracy", "all"),
+       "accuracy, sampled": ("sampled", "accuracy", "all"),
+       "hit, sampled": ("sampled", "hit", "all"),
+       "gap, greedy": ("greedy", "gap", "all"),
+       "gap, sampled": ("sampled", "gap", "all"),
+       "looks at two objects": ("sampled", "calls", "comparison"),
+       "both seen": ("sampled", "hit", "comparison")}
+FEW = {name: END[name] for name in ("accuracy, greedy", "accuracy, sampled", "gap, sampled",
+                                    "looks at two objects")}
 COLUMNS = {
-    "end": {"accuracy, greedy": ("greedy", "accuracy", "all"),
-            "accuracy, sampled": ("sampled", "accuracy", "all"),
-            "hit, sampled": ("sampled", "hit", "all"),
-            "gap, greedy": ("greedy", "gap", "all"),
-            "gap, sampled": ("sampled", "gap", "all"),
-            "looks at two objects": ("sampled", "calls", "comparison"),
-            "both seen": ("sampled", "hit", "comparison")},
+    "end": END,
     "speed": {"accuracy, steps 1-20": ("accuracy", EARLY), "hit, steps 1-20": ("hit", EARLY),
               "gap, steps 1-20": ("gap", EARLY), "lucky, steps 1-20": ("lucky", EARLY),
               "groups with signal": ("signal_groups", EARLY),
               "trajectories a step": ("sampled", EARLY)},
-    "choice": {"accuracy, greedy": ("greedy", "accuracy", "all"),
-               "accuracy, sampled": ("sampled", "accuracy", "all"),
-               "gap, sampled": ("sampled", "gap", "all"),
-               "looks at two objects": ("sampled", "calls", "comparison")},
-    "long": {"accuracy, greedy": ("greedy", "accuracy", "all"),
-             "accuracy, sampled": ("sampled", "accuracy", "all"),
-             "gap, sampled": ("sampled", "gap", "all"),
-             "looks at two objects": ("sampled", "calls", "comparison"),
-             "turns without error": ("sampled", "valid", "all"),
-             "entropy, steps 1-20": ("entropy", EARLY),
-             "entropy, steps 231-250": ("entropy", LATE),
-             "groups with signal, steps 231-250": ("signal_groups", LATE)}}
+    "choice": FEW,
+    "long": FEW | {
+        "turns without error": ("sampled", "valid", "all"),
+        "entropy, steps 1-20": ("entropy", EARLY),
+        "entropy, steps 231-250": ("entropy", LATE),
+        "groups with signal, steps 231-250": ("signal_groups", LATE)}}
 
 
 # ---- what is run ---------------------------------------------------------------------------------
