@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lib import benchmarks, checkpoint, shard
 from lib.data import DataError, Question, check_pictures, listed
 from lib.policy import Policy, Tokens
-from reward import Scorer, astray, grounded, measure, outcome, score_looks
+from reward import Scorer, astray, hit, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
 from show import film_strip, stack, write_page
 from tiny.world import World, world_questions
@@ -136,7 +136,7 @@ def record(trajectory: Trajectory) -> dict:
     return {"id": question.id, "category": question.category, "question": question.text,
             "choices": question.choices, "right": question.answer, "answer": trajectory.answer,
             "end": trajectory.end, "correct": outcome(question, trajectory.answer),
-            "hit": grounded(trajectory) if question.boxes else None, "seen": trajectory.seen,
+            "hit": hit(trajectory) if question.boxes else None, "seen": trajectory.seen,
             "space": trajectory.space, "turns": turns}
 
 
@@ -174,7 +174,8 @@ def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
     """The benchmark's name, or "", and all its questions. All bad rows and pictures are named
     before the first question is asked (DataError)."""
     if not args.data:
-        return "", world_questions(World(options=args.options), 0, "test", 0, args.n or 500)
+        world = World(objects=args.objects, options=args.options)
+        return "", world_questions(world, 0, "test", 0, args.n or 500)
     bad = []
     name, questions = benchmarks.load(args.data, bad)
     questions = check_pictures(questions, bad)
@@ -232,7 +233,7 @@ def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questio
 def final_answer(trajectory: Trajectory) -> str | None:
     """Where no <answer> was closed, a benchmark's question takes the whole last turn, as the
     references read it; another question has no answer."""
-    if trajectory.answer is None and trajectory.question.meta:
+    if trajectory.answer is None and trajectory.question.benchmark:
         return trajectory.turns[-1].text
     return trajectory.answer
 
@@ -284,6 +285,7 @@ def main() -> None:
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
     add("--options", type=int, default=4, help="of the world's mark questions, 0 or 2 to 8")
+    add("--objects", type=int, default=6, help="of a scene of the world, 2 to 16")
     add("--temperature", type=float, default=0., help="0 is greedy")
     add("--max_turns", type=int, default=4)
     add("--max_tokens", type=int, default=64, help="per turn; larger models need a few hundred")

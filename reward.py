@@ -46,7 +46,7 @@ def outcome(question: Question, answer: str | None) -> float:
     it: without case, and without most punctuation."""
     if answer is None:
         return 0.
-    if question.meta:
+    if question.benchmark:
         return float(benchmarks.correct(question, answer))
     if question.choices:
         chosen = choose(answer, question.choices)
@@ -138,7 +138,7 @@ def astray(turn: Turn, question: Question) -> bool:
     return not any(holds(turn.box, box) for box in named)
 
 
-def grounded(trajectory: Trajectory) -> bool:
+def hit(trajectory: Trajectory) -> bool:
     """Every piece of evidence was shown by some look."""
     return all(any(shows(turn.box, box) for turn in trajectory.looks)
                for box in trajectory.question.boxes)
@@ -155,7 +155,7 @@ def measure(trajectories: list[Trajectory],
     right = [bool(outcome(t.question, t.answer)) for t in trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     known = [i for i, t in enumerate(trajectories) if t.question.boxes]
-    hits = {i: grounded(trajectories[i]) for i in known}
+    hits = {i: hit(trajectories[i]) for i in known}
     mapped = [t for t in trajectories if t.question.objects]
     values = {"accuracy": right,
               "answered": [t.answer is not None for t in trajectories],

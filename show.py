@@ -131,7 +131,8 @@ def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str,
         if file and texts:
             questions = benchmarks.load(file, [])[1]
         else:
-            questions = draw_again(texts, World(options=settings.get("options", 4)))
+            world = World(settings.get("objects", 6), settings.get("options", 4))
+            questions = draw_again(texts, world)
         return {question.id: question for question in questions
                 if question.id in texts and question.text == texts[question.id]}
     except (DataError, OSError, TypeError, ValueError) as error:

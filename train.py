@@ -86,6 +86,7 @@ class Config:
     data: str = option("", ".jsonl of training questions; default: the embedded world")
     test: str = option("", ".jsonl of held-out questions, with --data")
     options: int = option(4, "the world's luck: options of a mark question, 0 or 2 to 8")
+    objects: int = option(6, "the world's difficulty: objects of a scene, 2 to 16")
     eval_questions: int = option(400, "held-out questions before and after")
     eval_start: int = option(0, "the first of them, in the embedded world")
     save_every: int = option(10, "steps between checkpoints")
@@ -272,7 +273,7 @@ class Questions:
         count = self.config.questions
         start = step * count + draw * 10**7
         if not self.file:
-            world = World(options=self.config.options)
+            world = world_of(self.config)
             return world_questions(world, self.config.seed, "train", start, count)
         places = [divmod(i, len(self.file)) for i in range(start, start + count)]
         return [self.file[self.order(epoch)[place]] for epoch, place in places]
@@ -281,6 +282,10 @@ class Questions:
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.file), generator=generator).tolist()
+
+
+def world_of(config: Config) -> World:
+    return World(objects=config.objects, options=config.options)
 
 
 def own_questions(file: str) -> list[Question]:
@@ -294,8 +299,8 @@ def own_questions(file: str) -> list[Question]:
 
 def held_out(config: Config) -> list[Question]:
     if not config.data:
-        world = World(options=config.options)
-        return world_questions(world, 0, "test", config.eval_start, config.eval_questions)
+        first, count = config.eval_start, config.eval_questions
+        return world_questions(world_of(config), 0, "test", first, count)
     if not config.test:
         return []
     return own_questions(config.test)[:config.eval_questions]

@@ -42,6 +42,10 @@ COLUMNS = {
               "gap, steps 1-20": ("gap", EARLY), "lucky, steps 1-20": ("lucky", EARLY),
               "groups with signal": ("signal_groups", EARLY),
               "trajectories a step": ("sampled", EARLY)},
+    "kinds": {f"{name}, {how}": (how, "accuracy", category)
+              for name, category in (("one mark", "direct_attributes"), ("two marks", "comparison"),
+                                     ("small", "coarse_to_fine"))
+              for how in ("greedy", "sampled")},
     "choice": FEW,
     "long": FEW | {
         "turns without error": ("sampled", "valid", "all"),
@@ -98,7 +102,9 @@ def parts() -> dict[str, Part]:
             "stability": stability(larger),
             "dev": development(),
             "tuning": tuning(compared),
+            "rate": rate(compared),
             "revised": revised(compared),
+            "harder": harder(larger),
             "luck": luck()}
 
 
@@ -135,6 +141,16 @@ def tuning(compared: dict[str, str]) -> Part:
     return replace(part(range(100, 103), rows, CHOICE), columns="choice")
 
 
+def rate(compared: dict[str, str]) -> Part:
+    """Half and twice the learning rate, of all that are compared."""
+    rows = {}
+    for row, options in compared.items():
+        rows[row] = options
+        rows[f"{row}, lr x 0.5"] = f"{options} --lr 7.5e-5"
+        rows[f"{row}, lr x 2"] = f"{options} --lr 3e-4"
+    return replace(part(range(100, 103), rows, CHOICE), columns="choice")
+
+
 def revised(compared: dict[str, str]) -> Part:
     """What the runs for choices would have chosen, on seeds that are reported."""
     rows = {"mapo": MAPO, "mapo, beta 0.6": MAPO.replace("--beta 0.4", "--beta 0.6"),
@@ -152,6 +168,18 @@ def clip_scaled(options: str, factor: float) -> str:
     place = words.index("--clip") + 1
     words[place] = f"{factor * float(words[place]):g}"
     return " ".join(words)
+
+
+def harder(compared: dict[str, str]) -> Part:
+    """More objects than the start was taught with (docs/tiny.md): with 16 it hardly ever looks."""
+    rows, pairs = {}, {}
+    for number in ("12", "16"):
+        for row, options in compared.items():
+            rows[f"{row}, {number} objects"] = f"{options} --objects {number}"
+        for row in ("gspo", "grpo"):
+            names = f"mapo, {number} objects", f"{row}, {number} objects"
+            pairs[f"mapo - {row}, {number} objects, paired"] = [names]
+    return part(range(200, 208), rows, f"{SMALL}1000", pooled=pairs)
 
 
 def luck() -> Part:

@@ -40,9 +40,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib.data import DataError, read_jsonl
 from lib.policy import read_config
-from tiny.world import World, world_questions
+from tiny.world import world_questions
 from tools import Resolution, system_prompt
-from train import Config, parse_config
+from train import Config, parse_config, world_of
 
 # Fitted to a step of a 3B on one H200, 16 trajectories side by side (docs/gpu.md). Its peaks are
 # 989 TFLOP/s in bf16 and 4.8 TB/s. On another card they are others.
@@ -114,7 +114,7 @@ class Lengths:
 def read_lengths(shape: Shape, config: Config) -> tuple[Lengths, str]:
     """Of the first questions, and a line about the questions. Raises what read_jsonl does."""
     path, area = Path(config.model), shape.resolution.factor ** 2
-    stream = iter(world_questions(World(options=config.options), 0, "train", 0, FIRST))
+    stream = iter(world_questions(world_of(config), 0, "train", 0, FIRST))
     if config.data:
         stream = read_jsonl(config.data)
     first = list(islice(stream, FIRST))

@@ -35,7 +35,7 @@ import mapo
 from lib.batches import pad
 from lib.checkpoint import newest
 from lib.policy import Policy
-from reward import Scorer, grounded, measure, rewards, score_looks
+from reward import Scorer, hit, measure, rewards, score_looks
 from rollout import Trajectory, collect
 from theory import BETAS, Moments
 from tiny.world import World, world_questions
@@ -93,7 +93,7 @@ def score_vectors(policy: Policy, trajectories: list[Trajectory]) -> Tensor:
 
 def paid_for_hits(trajectories: list[Trajectory]) -> list[Trajectory]:
     """The same, but the answer is right exactly where the looks showed all the evidence."""
-    return [replace(t, answer=t.question.answer if grounded(t) else None) for t in trajectories]
+    return [replace(t, answer=t.question.answer if hit(t) else None) for t in trajectories]
 
 
 def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int) -> list[dict]:
     score_looks(trajectories, scorer)
     r, s, looked = rewards(trajectories)
     S = mapo.trajectory_score(s, looked, Config.lam)
-    z, W = torch.tensor([float(grounded(t)) for t in trajectories]), resamples(n)
+    z, W = torch.tensor([float(hit(t)) for t in trajectories]), resamples(n)
     model = moments(z.view(n, GROUP), r.view(n, GROUP), S.view(n, GROUP), W)
     common = {"trajectories": measure(trajectories),
               "predicted": interval(model.snr(.4) / model.snr(0.))}

@@ -20,9 +20,9 @@ from lib.data import Question
 PAGE = ROOT / "docs/scoring.md"
 COLOURS = ("black", "green", "red", "white")
 VSTAR = Question("What is the color of the dog's collar?", "B", None, COLOURS,
-                 meta={"benchmark": "V*"})
+                 benchmark="V*")
 MME = Question(VSTAR.text, "B", None, (*COLOURS, "The image does not feature the color."),
-               meta={"benchmark": "MME-RealWorld-Lite"})
+               benchmark="MME-RealWorld-Lite")
 
 ANSWERS = (
     # a letter
@@ -77,7 +77,7 @@ def table() -> str:
             reference = letter(chosen(question, answer))
             ours = letter(chosen_by_us(question, answer))
             if ours != reference:
-                differ[question.meta["benchmark"]] += 1
+                differ[question.benchmark] += 1
                 ours = f"**{ours}**"
             cells += [reference, ours]
         lines.append(f"| {code(answer)} | {' | '.join(cells)} |")

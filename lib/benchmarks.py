@@ -142,7 +142,7 @@ def tsv_question(name: str, row: dict[str, str], where: str) -> Question:
     row = {column: text.strip() for column, text in row.items() if column != "image"}
     for field in ("index", "question"):
         expect(row[field], where, field, "a text that is not empty", row[field])
-    category, meta = row["category"], {"benchmark": name}
+    category, cycle = row["category"], ""
     if name == "MME-RealWorld-Lite":
         options = mme_options(row["multi-choice options"], where)
         if "/" not in category:   # "Perception/Remote Sensing": what is asked, and where
@@ -150,13 +150,13 @@ def tsv_question(name: str, row: dict[str, str], where: str) -> Question:
     else:                         # absent options are empty fields
         options = {letter: row[letter] for letter in "ABCDEFGH" if row.get(letter)}
     if name == "HR-Bench":
-        meta["cycle_category"] = row["cycle_category"]
+        cycle = row["cycle_category"]
     expect(len(options) >= 2, where, "options", "at least two options", list(options.values()))
     letter = row["answer"].strip("(). ").upper()
     expect(letter in options, where, "answer", f"one of {', '.join(options)}", row["answer"])
     answer = LETTERS[list(options).index(letter)]      # its letter in the order of these options
     return Question(row["question"], answer, None, tuple(options.values()), category,
-                    id=row["index"], meta=meta, where=where)
+                    id=row["index"], benchmark=name, cycle=cycle, where=where)
 
 
 def mme_options(text: str, where: str) -> dict[str, str]:
@@ -183,9 +183,9 @@ OUR_PREFIXES = re.compile(r"\b(the )?((best|correct) )?(answer|option)\b( is)?:?
 
 def chosen(question: Question, answer: str | None) -> int | None:
     """Which option an answer names, by the rule of the benchmark's reference (docs/scoring.md)."""
-    if answer is None or not question.meta:
+    if answer is None or not question.benchmark:
         return chosen_by_us(question, answer)
-    if question.meta["benchmark"] == "MME-RealWorld-Lite":
+    if question.benchmark == "MME-RealWorld-Lite":
         return chosen_by_authors(answer, question.choices)
     return chosen_by_vlmevalkit(answer, question.choices)
 
@@ -226,7 +226,7 @@ def chosen_by_us(question: Question, answer: str | None) -> int | None:
     MME-RealWorld-Lite then the first capital A to E, as a letter in a sentence counts there."""
     if answer is None:
         return None
-    if not question.meta:
+    if not question.benchmark:
         return choose(answer, question.choices)
     plain = OUR_PREFIXES.sub("", answer)
     for text in (answer, plain):
@@ -237,7 +237,7 @@ def chosen_by_us(question: Question, answer: str | None) -> int | None:
         if option is not None:
             return option
     letter = re.search("[A-E]", plain)
-    if letter and question.meta["benchmark"] == "MME-RealWorld-Lite":
+    if letter and question.benchmark == "MME-RealWorld-Lite":
         return LETTERS.index(letter[0])
     return None
 
@@ -260,9 +260,8 @@ def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, i
     accuracy is the mean over the cycles, and four rows are one question."""
     groups = {}
     for question, right in results:
-        cycle = question.meta.get("cycle_category", "")
         for place in enumerate(rows_of(question)):     # (level, label): sorted, "all" comes last
-            groups.setdefault(place, {}).setdefault(cycle, []).append(right)
+            groups.setdefault(place, {}).setdefault(question.cycle, []).append(right)
     rows = []
     for (_, label), cycles in sorted(groups.items()):
         n = sum(map(len, cycles.values()))
@@ -273,7 +272,7 @@ def accuracies(results: list[tuple[Question, bool]]) -> list[tuple[str, float, i
 def rows_of(question: Question) -> list[str]:
     """The rows of the table in which a question counts."""
     category = question.category or "(none)"
-    if question.meta["benchmark"] == "MME-RealWorld-Lite":
+    if question.benchmark == "MME-RealWorld-Lite":
         return [category, category.split("/")[0], "all"]
     return [category, "all"]
 

@@ -60,7 +60,8 @@ class Question:
     objects: dict[str, Box] = field(default_factory=dict)  # what is where; {} = unknown
     marks: dict[str, str] = field(default_factory=dict)    # what each carries (tiny/world.py)
     id: str = ""
-    meta: dict[str, str] = field(default_factory=dict)     # what a benchmark's rule needs
+    benchmark: str = ""            # the name of the benchmark that it is of
+    cycle: str = ""                # HR-Bench asks it four times, the options in another order
     where: str = ""                # its file and line, for errors
 
     @property
@@ -70,7 +71,7 @@ class Question:
         if not self.choices:
             return self.text
         lettered = list(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.choices))
-        if self.meta:
+        if self.benchmark:
             lines = [f"{letter}. {choice}" for letter, choice in lettered]
             return "\n".join([self.text, "Options:", *lines])
         options = [f"({letter}) {choice}" for letter, choice in lettered]

@@ -207,14 +207,14 @@ class Policy:
         The gradients of all rows add up in the keys and values that they share."""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
-        once = Cache(layer_class_to_replicate=Repeatable)       # a Repeatable() for each layer
+        once = Cache(layer_class_to_replicate=FirstKept)       # a FirstKept() for each layer
         _, past, ends = self.hidden(openings, cache=once)
 
         rows = torch.tensor(which, device=self.device)
         layers = []
         for layer in once.layers:
-            layers.append(Repeatable(layer.keys.index_select(0, rows),
-                                     layer.values.index_select(0, rows)))
+            layers.append(After(layer.keys.index_select(0, rows),
+                                layer.values.index_select(0, rows)))
         rests = []
         for tokens, prompt in zip(batch, prompts):
             length, images = len(prompt.ids), len(prompt.grids)
@@ -402,25 +402,28 @@ def distinct(items: list) -> tuple[list, list[int]]:
     return objects, [place[id(item)] for item in items]
 
 
-class Repeatable(DynamicLayer):
-    """A cache's layer for training: `past` keys and values, and those that come now.
+# Two layers of a cache, for hidden_after. With recompute_layers the model's layer runs twice, and
+# transformers' own DynamicLayer would append the new keys twice.
 
-    With recompute_layers a layer runs twice. A DynamicLayer would append the new keys twice; here
-    each run starts from `past` again. Without a past the keys are stored, but only those of the
-    first run: those of the second hold its autograd graph, 5 GB in a micro-batch of a 3B
-    (docs/gpu.md)."""
-
-    def __init__(self, *past: Tensor):
-        super().__init__()
-        self.past = past
+class FirstKept(DynamicLayer):
+    """Keeps the keys and values (B, heads, columns, head size) of the first run. Those of the
+    second hold its autograd graph: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.past:
-            keys = torch.cat([self.past[0], keys], 2)  # (B, heads, columns, head size)
-            values = torch.cat([self.past[1], values], 2)
-        elif not self.is_initialized:
+        if not self.is_initialized:
             self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
+
+
+class After(DynamicLayer):
+    """The keys and values of the past, and behind them those that come now, which are not kept."""
+
+    def __init__(self, past_keys: Tensor, past_values: Tensor):
+        super().__init__()
+        self.past_keys, self.past_values = past_keys, past_values
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.past_keys, keys], 2), torch.cat([self.past_values, values], 2)
 
 
 def log_softmax(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:

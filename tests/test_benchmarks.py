@@ -77,7 +77,7 @@ def test_fields_of_each_benchmark(tmp_path):
     assert q.answer == "A" and q.category == "direct_attributes"
     _, (q,) = load(save(tmp_path, [HR]))
     assert q.choices == ("1", "2", "3", "4") and q.category == "single"
-    assert q.meta["cycle_category"] == "0"
+    assert q.cycle == "0"
     _, (q,) = load(save(tmp_path, [MME]))
     assert q.choices == ("it's", 'a "quoted" word', "three", "four",
                          "The image does not feature the content.")
@@ -137,7 +137,7 @@ def test_your_own_jsonl_is_still_read(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps(record).replace(": ", ":\t") + "\n")   # JSON may hold tabs, too
     name, (question,) = load(file)
-    assert name == "" and question.answer == "x" and not question.meta
+    assert name == "" and question.answer == "x" and not question.benchmark
     file.write_text("")
     assert load(file) == ("", [])
 
@@ -269,8 +269,8 @@ def test_imports_go_one_way():
 
 # ---- our rule ------------------------------------------------------------------------------------
 
-def ask(benchmark: str, category="", choices=("red", "blue", "green", "white", "none"), **meta):
-    return Question("?", "A", None, choices, category, meta={"benchmark": benchmark, **meta})
+def ask(benchmark: str, category="", choices=("red", "blue", "green", "white", "none"), cycle=""):
+    return Question("?", "A", None, choices, category, benchmark=benchmark, cycle=cycle)
 
 
 @pytest.mark.parametrize("answer, index, in_mme", [
@@ -305,15 +305,15 @@ def test_hr_bench_by_hand():
     """2 questions x 4 cycles. Single: right in cycles 0, 1, 2; cross: right in cycle 0. It is the
     mean, not "right in all four". Eight rows are two questions: the interval is that of two."""
     rights = {"cross": (True, False, False, False), "single": (True, True, True, False)}
-    results = [(ask("HR-Bench", kind, cycle_category=str(cycle)), rights[kind][cycle])
+    results = [(ask("HR-Bench", kind, cycle=str(cycle)), rights[kind][cycle])
                for kind in rights for cycle in range(4)]
     assert accuracies(results) == [("cross", .25, 4, 1), ("single", .75, 4, 1), ("all", .5, 8, 2)]
 
 
 def test_hr_bench_cycles_weigh_the_same():
     """Cycle 0 has three rows, cycle 1 one: the mean over cycles is not the mean over rows."""
-    results = [(ask("HR-Bench", "single", cycle_category="0"), True)] * 3
-    results.append((ask("HR-Bench", "single", cycle_category="1"), False))
+    results = [(ask("HR-Bench", "single", cycle="0"), True)] * 3
+    results.append((ask("HR-Bench", "single", cycle="1"), False))
     assert accuracies(results)[-1][:3] == ("all", .5, 4)
 
 

@@ -134,7 +134,7 @@ def test_defaults(tmp_path):
     assert (second.id, third.id) == ("own-4", "5")
     for question in (first, second, third):
         assert question.choices == question.boxes == () and question.objects == {}
-        assert question.category == "" and question.meta == question.marks == {}
+        assert question.category == question.benchmark == "" and question.marks == {}
 
 
 def test_every_field(tmp_path):

@@ -68,7 +68,7 @@ def test_a_benchmarks_table_by_hand():
     found = [about("a", "It is red.", "A"), about("a", "B", "B"), about("b", "(b)", "B"),
              about("b", None, "C", Turn("<think>green</think>", slice(0, 0)))]
     for t in found:
-        t.question.meta["benchmark"] = "V*"
+        t.question.benchmark = "V*"
         t.answer = final_answer(t)
     lines = benchmark_table("V*", found).splitlines()
     assert lines[0].split() == ["V*", "n", "accuracy", "(95%", "interval)", "ours"]
@@ -320,7 +320,7 @@ def test_an_answer_that_was_not_closed(text):
     """
     turns = Turn("<think>A</think>", slice(0, 0)), Turn(text, slice(0, 0))
     own, benchmark = about("", None, "A", *turns), about("", None, "A", *turns)
-    benchmark.question.meta["benchmark"] = "V*"
+    benchmark.question.benchmark = "V*"
     assert final_answer(own) is None and final_answer(benchmark) == text
     for trajectory in (own, benchmark):
         trajectory.answer = "C"

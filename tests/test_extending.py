@@ -165,7 +165,7 @@ def test_rotate_turns_clockwise(load):
 def test_the_rest_follows_by_itself(load, policy, questions, monkeypatch):
     """One entry in TOOLS: the rollout shows the picture, it is scored and drawn, and is no hit."""
     from eval import record, restore
-    from reward import astray, grounded
+    from reward import astray, hit
     monkeypatch.setitem(tools.TOOLS, "rotate", load("tools").TOOLS["rotate"])
     question = questions[0]
     label = f"the {list(question.objects)[0]}"
@@ -182,7 +182,7 @@ def test_the_rest_follows_by_itself(load, policy, questions, monkeypatch):
     first, second = (trajectory.turns[0] for trajectory in trajectories)
     assert first.crop.size == (48, 48) and first.crop_tokens is second.crop_tokens
     assert 0 < first.score < 1 and not astray(first, question)
-    assert film_strip(trajectories[0]).width > 500 and not grounded(trajectories[0])
+    assert film_strip(trajectories[0]).width > 500 and not hit(trajectories[0])
     saved = json.loads(json.dumps(record(trajectories[0])))
     assert restore(saved, question).turns[0].call == Call("rotate", label, {"angle": 90})
 

@@ -239,7 +239,7 @@ def test_peak_of_a_real_micro_batch(larger, measured, recompute):
     expected = table["peak of update"] - fixed
     print(f"\nrecompute {recompute}: measured {measured[recompute]:,}, planned {expected:,.0f}")
     # A bound, but for the allocator. With recomputation it was .81 of the plan while the layers'
-    # second runs were kept (policy.Repeatable); now it is .59.
+    # second runs were kept (policy.FirstKept); now it is .59.
     assert .5 * expected < measured[recompute] < (.7 if recompute else 1.1) * expected
 
 

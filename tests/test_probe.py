@@ -11,7 +11,7 @@ import mapo
 from conftest import ROOT
 from lib import shard
 from lib.policy import Policy
-from reward import Scorer, grounded, outcome, score_looks
+from reward import Scorer, hit, outcome, score_looks
 from tiny.world import World, world_questions
 from train import Config, accumulate, token_advantages, to_batch
 
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_training(sketched, name):
 def test_the_oracle_is_paid_for_hits(sketched):
     _, told, _ = sketched
     paid = [outcome(t.question, t.answer) for t in probe.paid_for_hits(told)]
-    assert paid == [float(grounded(t)) for t in told] and 0 < sum(paid) < len(paid)
+    assert paid == [float(hit(t)) for t in told] and 0 < sum(paid) < len(paid)
 
 
 def test_turns_of_looks_and_of_answers(trajectories):

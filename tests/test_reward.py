@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from lib.data import Question, holds
 from lib.policy import Tokens
-from reward import (SHARPNESS, THRESHOLD, Scorer, astray, crop_at, grounded, measure, outcome,
+from reward import (SHARPNESS, THRESHOLD, Scorer, astray, crop_at, hit, measure, outcome,
                     rewards, score_looks)
 from rollout import Trajectory, Turn
 from tiny.world import BLOCK, World, world_questions
@@ -36,7 +36,7 @@ def test_outcome(right, choices, answer, value):
 
 def test_outcome_of_a_benchmark_is_its_own_rule():
     """V*'s reference finds the option in a sentence, where our rule finds none."""
-    question = Question("?", "B", None, PETS, meta={"benchmark": "V*"})
+    question = Question("?", "B", None, PETS, benchmark="V*")
     assert outcome(question, "It is a dog.") == 1 and outcome(question, "It is a cat.") == 0
     assert outcome(Question("?", "B", None, PETS), "It is a dog.") == 0
 
@@ -157,7 +157,7 @@ FOUR = [story("rising", ("the red circle", CLOSE)),     # seen, right
 
 def test_measures_by_hand():
     """Three of four are right, and two of those by luck. One of the four looks is astray."""
-    assert [grounded(t) for t in FOUR] == [True, False, False, False]
+    assert [hit(t) for t in FOUR] == [True, False, False, False]
     m = measure(FOUR)
     assert m["accuracy"] == .75 and m["calls"] == 1 and m["hit"] == .25 and m["gap"] == .25
     assert m["lucky"] == pytest.approx(2 / 3) and m["valid"] == 1 and m["semantic"] is None
@@ -196,8 +196,8 @@ def test_measures_over_ranks():
 def test_all_the_evidence_must_be_seen():
     """Of two pieces of evidence one look shows one; a second look may show the other."""
     both = dict(boxes=(PLATE, OTHER))
-    assert not grounded(story("A", ("the red circle", CLOSE), **both))
-    assert grounded(story("A", ("the red circle", CLOSE), ("the blue square", BESIDE), **both))
+    assert not hit(story("A", ("the red circle", CLOSE), **both))
+    assert hit(story("A", ("the red circle", CLOSE), ("the blue square", BESIDE), **both))
 
 
 def test_a_label_that_names_nothing_is_astray():

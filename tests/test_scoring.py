@@ -65,7 +65,7 @@ def test_the_page_is_made_by_the_code():
 
 
 def ask(benchmark: str, *choices: str, answer="A") -> Question:
-    return Question("Which?", answer, None, choices, meta={"benchmark": benchmark})
+    return Question("Which?", answer, None, choices, benchmark=benchmark)
 
 
 @pytest.mark.parametrize("choices, answer, letter", [

@@ -12,7 +12,7 @@ from conftest import ROOT
 from eval import evaluate
 from lib.data import choose, holds
 from lib.policy import Policy
-from reward import grounded, measure, outcome
+from reward import hit, measure, outcome
 from tiny.world import COLOURS, MARKS, SHAPES, World, world_questions
 from tools import Answer, Call, fit, parse
 
@@ -71,7 +71,7 @@ def test_the_start_looks_badly(start):
 
 def test_the_start_guesses_what_it_has_not_seen(start):
     """Without a hit an answer names an option, and is right about as often as luck, one in four."""
-    blind = [t for t in start["sampled"] if not grounded(t)]
+    blind = [t for t in start["sampled"] if not hit(t)]
     named = [choose(t.answer or "", t.question.choices) is not None for t in blind]
     right = [outcome(t.question, t.answer) for t in blind]
     assert np.mean(named) > .65 and .12 < np.mean(right) < .3
@@ -80,7 +80,7 @@ def test_the_start_guesses_what_it_has_not_seen(start):
 @pytest.mark.parametrize("kind, least", [("greedy", .9), ("sampled", .6)])
 def test_the_start_reads_what_it_sees(start, kind, least):
     """With a hit it is right: it could look well. (Of 400 other questions: .99 and .72.)"""
-    seen = [t for t in start[kind] if grounded(t)]
+    seen = [t for t in start[kind] if hit(t)]
     assert len(seen) > 30
     assert np.mean([outcome(t.question, t.answer) for t in seen]) > least
 

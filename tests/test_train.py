@@ -224,7 +224,7 @@ def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
 
 def told(right: float, length: int = 8) -> SimpleNamespace:
     """A trajectory without a look, right or wrong."""
-    question = SimpleNamespace(meta={}, choices=(), answer="1.0")
+    question = SimpleNamespace(benchmark="", choices=(), answer="1.0")
     return SimpleNamespace(question=question, answer=str(right), mask=[True] * length,
                            turns=[SimpleNamespace(score=None)])
 

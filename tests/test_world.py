@@ -219,3 +219,9 @@ def test_boxes_lie_on_the_plates():
 def test_world_refuses(options):
     with pytest.raises(DataError, match=f"options: expected 0 or 2 to 8, found {options}"):
         World(options=options)
+
+
+@pytest.mark.parametrize("objects", [1, 17])
+def test_world_refuses_objects(objects):
+    with pytest.raises(DataError, match=f"objects: expected 2 to 16, found {objects}"):
+        World(objects=objects)

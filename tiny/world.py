@@ -55,6 +55,8 @@ class World:
     clutter: int = 4          # grey bars on the ground, which carry nothing
 
     def __post_init__(self):
+        if not 2 <= self.objects <= GRID * GRID:
+            raise DataError(f"objects: expected 2 to {GRID * GRID}, found {self.objects}")
         if self.options != 0 and not 2 <= self.options <= len(MARKS):
             raise DataError(f"options: expected 0 or 2 to {len(MARKS)}, found {self.options}")
 
