@@ -171,12 +171,14 @@ def clip_scaled(options: str, factor: float) -> str:
 
 
 def harder(compared: dict[str, str]) -> Part:
-    """More objects than the start was taught with (docs/tiny.md): with 16 it hardly ever looks."""
+    """More objects than the six with which the start was taught. With 16 it hardly ever looks:
+    docs/theory.md, section 4, predicts that credit by aim then hardly teaches it."""
     rows, pairs = {}, {}
+    compared = compared | {"mapo, by trajectory": MAPO.replace("aim", "trajectory")}
     for number in ("12", "16"):
         for row, options in compared.items():
             rows[f"{row}, {number} objects"] = f"{options} --objects {number}"
-        for row in ("gspo", "grpo"):
+        for row in list(compared)[1:]:
             names = f"mapo, {number} objects", f"{row}, {number} objects"
             pairs[f"mapo - {row}, {number} objects, paired"] = [names]
     return part(range(200, 208), rows, f"{SMALL}1000", pooled=pairs)
