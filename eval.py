@@ -298,7 +298,8 @@ def main() -> None:
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--coordinates", choices=["pixels", "1000"],
-        help="of boxes: pixels of the seen image, or thousandths; default: the model's")
+        help="of boxes: pixels of the overview, or thousandths of its sides; default: as "
+             "agent.json beside the model says, else pixels")
     args = parser.parse_args()
     counts = (args.max_turns, args.max_tokens, args.batch, args.n)
     finite = 0 <= args.temperature < math.inf

@@ -17,6 +17,9 @@ it becomes A_it, one for each turn (eq. 5, 6).
 Eq. 4: PPO's clipped surrogate, over the tokens j of the agent. ratio_ij is the token's probability
 under the new policy over that under the old one; the w_ij sum to 1 over the batch.
 
+N trajectories, T turns, L tokens of the longest trajectory. Tensors over tokens are (N, L - 1):
+column j speaks of token j + 1, as nothing predicts the first token.
+
 MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 are our reading of
 it, and each number is an option. README.md lists what is the paper's and what is assumed.
 docs/theory.md says when the coupling pays, and where it fails.
@@ -130,8 +133,9 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
         A_it = (1 - beta) (r_i - mean r) + beta (s_it - mean of s_jt over the looks of turn t)  (6)
 
     A look is compared with the mean of the group's looks in the same turn: the score says where to
-    look, the outcome how often. A turn without a look has no score term. A trajectory that never
-    looked has - beta mean S in all its turns: on the average a look is better than none."""
+    look; whether to look again is left to the outcome. A turn without a look has no score term. One
+    exception: a trajectory that never looked has - beta mean S in all its turns, as with the other
+    credits (its S is 0), so that the score still pays a first look."""
     counts = group_mean(looked.float(), group)            # (N, T), the share that looks
     mean = group_mean(scores * looked, group) / counts.clamp(min=1e-8)
     aim = torch.where(looked.bool(), scores - mean, 0.)                       # (N, T)
@@ -148,14 +152,14 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 # aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
 #
 # R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
-# error has, under "look", the advantage of the look that follows, if one does; else, and under
-# "aim", that of an answer.
+# error has the advantage of the trajectory's answer; under "look", that of the look that follows,
+# if one does.
 
 
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
 
 def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
-    """w of eq. 4: mask (N, L) of the agent's tokens in the *whole* batch -> (N, L), sum 1.
+    """w of eq. 4: mask (N, L - 1) of the agent's tokens in the *whole* batch -> the same, sum 1.
 
     mean "trajectory": every trajectory weighs the same; "token": every token does. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""
@@ -167,14 +171,14 @@ def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
 
 def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip_low: float = .2,
          clip_high: float = .2, ratio: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4. logp, old_logp, advantage, weight: (B, L), a column for each token but the first,
-    which nothing predicts; weight is 0 where the token is not the agent's.
+    """Eq. 4. logp, old_logp, advantage, weight: (B, L - 1), of the B trajectories of a micro-batch;
+    weight is 0 where the token is not the agent's.
 
     Returns the loss, a scalar, and what was measured on the way, summed with the weights: kl,
     the estimate E[ratio - 1 - log ratio] of KL(old || new) (Schulman's k3), and clip_fraction,
     the share of tokens whose gradient the clip removed. There is no dual clip (arXiv
     1912.09729): it would also bound a large ratio under a negative advantage."""
-    log_ratio = (logp - old_logp).clamp(-20, 20)          # (B, L)
+    log_ratio = (logp - old_logp).clamp(-20, 20)          # (B, L - 1)
     kl = (weight * (log_ratio.exp() - 1 - log_ratio)).sum().detach()
     if ratio == "sequence":
         log_ratio = sequence_log_ratio(logp, log_ratio, weight)
@@ -187,12 +191,17 @@ def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip
 
 
 def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tensor:
-    """GSPO's ratio, exp(mean of the log-ratios of a trajectory's tokens): (B, L), equal in a row.
+    """The logarithm of GSPO's ratio: the mean of the log-ratios of a trajectory's tokens, in each
+    column of its row (B, L - 1).
 
-    Forward each token has the row's mean. Backward token j moves logp_j alone, by ratio A_j: this
-    is GSPO-token (arXiv 2507.18071, sec. 4.3). In plain GSPO each token's loss moves all tokens of
-    the row. With one advantage for the trajectory both give the same gradient, as the weights of a
-    row are equal. With one for each turn plain GSPO would mix the turns up."""
+    Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3):
+
+        value at token j:    the row's mean
+        derivative of it:    1 by logp_j, 0 by the log-probabilities of the row's other tokens
+
+    In plain GSPO each token's loss moves all tokens of the row. With one advantage for the
+    trajectory both give the same gradient, as the weights of a row are equal. With one for each
+    turn plain GSPO would mix the turns up."""
     own = (weight > 0).float()
     count = own.sum(1, keepdim=True).clamp(min=1)
     mean = (own * log_ratio).sum(1, keepdim=True) / count                     # (B, 1)

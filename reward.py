@@ -130,6 +130,7 @@ def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---- what really happened (needs a world that knows; None where it does not) ---------------------
+# The world's boxes, of evidence and of objects, are those of the plates with the marks.
 
 def astray(turn: Turn, question: Question) -> bool:
     """The crop holds no object that the label names. A label that names none is astray, too."""

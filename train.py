@@ -1,12 +1,11 @@
 """Train an agent that looks: roll out, score, advantage, accumulate, step.
 
 What it teaches: the whole loop of agentic RL on one screen, nothing hidden in a framework. `train`
-is the loop; its lines are named steps. Four of them are the method; below they follow in the same
-order:
+is the loop; its lines are named steps, which follow below in the same order. The method is
 
-    roll out     `group` trajectories of each of `questions` questions; their outcomes r, and
-                 the semantic score s of every look       (rollout.py, reward.py)
-    advantage    couple both in the return, normalise in the group                   (mapo.py)
+    roll out     `group` trajectories of each of `questions` questions, and the semantic
+                 score s of every look                    (rollout.py, reward.py)
+    advantage    couple outcome and score in the return, normalise in the group      (mapo.py)
     accumulate   the gradient of the clipped loss, over micro-batches and ranks      (here)
     step         AdamW, its states shared by the ranks                               (lib/shard.py)
 
@@ -93,7 +92,8 @@ class Config:
     seed: int = option(0, "of questions and sampling")
     device: str = option("cpu", "cpu or cuda")
     dtype: str = option("float32", "of the weights, float32 or bfloat16; the optimiser is float32")
-    coordinates: str = option("", "of boxes: pixels or 1000 (thousandths); default: the model's")
+    coordinates: str = option("", "of boxes: pixels or 1000 (thousandths); default: as agent.json "
+                                  "beside the model says, else pixels")
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
     quiet: bool = option(False, "no progress and no tables: the closing summary, and a collapse")
@@ -309,25 +309,38 @@ def held_out(config: Config) -> list[Question]:
 # ---- roll out ------------------------------------------------------------------------------------
 
 def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
-    """This rank's trajectories of a step, scored: those to learn from, and all that were sampled.
+    """This rank's trajectories of a step, scored: those to learn from, and all that were sampled,
+    which are the same but for DAPO."""
+    count = run.config.questions // shard.ranks()
+    if run.algorithm.max_draws > 1:
+        return draw_for_signal(run, step, count)
+    trajectories = sample(run, run.stream(step), count)
+    return trajectories, trajectories
 
-    Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out, and
-    others drawn in their place: `max_draws` draws in all. If no group has a signal, the last ones
-    are returned; their advantages are 0."""
-    config, kept, sampled = run.config, [], []
-    wanted = config.questions // shard.ranks() * config.group
+
+def sample(run: Run, questions: list[Question], count: int) -> list[Trajectory]:
+    """A group for each of this rank's first `count` questions."""
+    mine, config = questions[shard.rank()::shard.ranks()][:count], run.config
+    trajectories = collect(run.policy, mine, config.group, config.max_turns, config.max_tokens,
+                           config.temperature, run.generator)
+    score_looks(trajectories, run.scorer)
+    return trajectories
+
+
+def draw_for_signal(run: Run, step: int, count: int
+                    ) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out,
+    and others drawn in their place, in `max_draws` draws at most. If no group has a signal, the
+    last ones are returned; their advantages are 0."""
+    group, kept, sampled = run.config.group, [], []
     for draw in range(run.algorithm.max_draws):
-        questions = run.stream(step, draw)[shard.rank()::shard.ranks()]
-        questions = questions[:(wanted - len(kept)) // config.group]      # as many as are missing
-        part = collect(run.policy, questions, config.group, config.max_turns, config.max_tokens,
-                       config.temperature, run.generator)
-        score_looks(part, run.scorer)
+        part = sample(run, run.stream(step, draw), count - len(kept) // group)
         sampled += part
-        signal = signal_of(part, config).repeat_interleave(config.group).tolist()
-        kept += [t for t, s in zip(part, signal) if s or run.algorithm.max_draws == 1]
-        if len(kept) == wanted:
+        signal = signal_of(part, run.config).repeat_interleave(group).tolist()
+        kept += [trajectory for trajectory, has_one in zip(part, signal) if has_one]
+        if len(kept) == count * group:
             break
-    return kept or part, sampled
+    return (kept or part), sampled
 
 
 def signal_of(trajectories: list[Trajectory], config: Config) -> Tensor:
@@ -343,7 +356,7 @@ def token_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Advantage of each token (N, L - 1); column j speaks of token j + 1."""
     config, algorithm = run.config, run.algorithm
     r, s, looked = rewards(trajectories)
-    if algorithm.overlong:              # not in groups without signal: length alone must make none
+    if algorithm.overlong:      # a group of equal returns has none: length would be its only signal
         limit = config.max_turns * config.max_tokens
         lengths = torch.tensor([sum(t.mask) for t in trajectories])
         penalty = mapo.overlong_penalty(lengths, limit, round(algorithm.overlong * limit))
@@ -370,7 +383,7 @@ class Batch:
 def to_batch(trajectories: list[Trajectory], advantage: Tensor, algorithm: mapo.Algorithm) -> Batch:
     """The weights of all tokens are fixed here, before the first backward: so the gradients of
     micro-batches add up to the same sum, however they are cut, on any number of ranks. On each rank
-    they sum to its share: its count over that of all ranks."""
+    they sum to its share: its count of trajectories (or of tokens, by `mean`) over all ranks'."""
     mask = pad([t.mask for t in trajectories], False)
     count = float(mask.sum() if algorithm.mean == "token" else len(mask))
     weight = mapo.token_weights(mask, algorithm.mean) * (count / shard.all_sum(count))

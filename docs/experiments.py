@@ -4,10 +4,11 @@ Every run is `python train.py` with the options that `parts` lists; docs/record.
 docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
 seeds that all its rows have, so a series may be stopped at any time and goes on where it was.
 
-On two pages, experiments.md (what is reported) and choices.md (what was chosen), a table stands
-below a line such as `<!-- table: end -->`: the part and its columns. The text is written by hand.
+On three pages, experiments.md (what is reported), limits.md (in other conditions) and choices.md
+(how settings were chosen), a table stands below a line such as `<!-- table: end -->`: the part and
+its columns. The text is written by hand.
 
-Run it:  python docs/experiments.py                       # draws the tables of both pages
+Run it:  python docs/experiments.py                       # draws the tables of the pages
          python docs/experiments.py --run table           # first trains what this part lacks
 """
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from record import Job, expected_seconds, origin, present, read_runs, settings, train_all
 
-PAGES = [Path(__file__).with_name(name) for name in ("experiments.md", "choices.md")]
+PAGES = [Path(__file__).with_name(name) for name in ("experiments.md", "limits.md", "choices.md")]
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131)                              # Student's t, 95%, of 2, 3, .. 16 values
 

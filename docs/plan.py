@@ -217,7 +217,8 @@ def memory(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, 
                  ("a layer in backward", "logits")):                   # one after the other
         peaks["peak of update"] -= min(update[name] for name in pair)
     if config.test or not config.data:
-        trial = min(TRIAL, math.ceil(config.eval_questions / ranks))
+        trial = min(TRIAL, math.ceil(config.eval_questions / ranks),
+                    config.questions // ranks * config.group)           # as train.judge has it
         parts = rollout_bytes(s, config, lengths, trial, 1)
         peaks["peak of evaluation"] = fixed + sum(parts.values())
     return always | rollout | update | peaks

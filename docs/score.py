@@ -113,7 +113,7 @@ def reliability(contrast: Tensor, truth: np.ndarray) -> None:
 
 def near_misses(policy: Policy) -> None:
     """Looks aimed well, one cell off, and half off: harder than what the agent does."""
-    labels, crops, truth = [], [], []
+    labels, crops, truth, shifts = [], [], [], []
     for question in world_questions(World(coarse=0), 0, "test", 0, 200):
         image = question.open()
         plates = list(question.objects.items())[:3]
@@ -124,11 +124,12 @@ def near_misses(policy: Policy) -> None:
                 labels.append(name)
                 crops.append(crop_at(policy, image, box))
                 truth.append(holds([8 * v for v in box], plate))
-    truth = np.array(truth)
+                shifts.append(shift)
+    truth, shifts = np.array(truth), np.array(shifts)
     scores = Scorer(policy)(labels, policy.encode_images(crops)).numpy()
-    print(f"\n{len(labels)} looks, aimed well, one cell off, or half off: mean score "
-          f"{scores[truth].mean():.2f} where the crop holds the labelled object, "
-          f"{scores[~truth].mean():.2f} where not; AUC {area_under_curve(scores, truth):.3f}")
+    print(f"\n{len(labels)} looks, AUC {area_under_curve(scores, truth):.3f}; mean score "
+          f"{scores[shifts == 0].mean():.2f} if aimed well, {scores[shifts == 10].mean():.2f} if "
+          f"half off, {scores[shifts == 24].mean():.2f} if one cell off")
 
 
 def main() -> None:

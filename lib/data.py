@@ -57,7 +57,7 @@ class Question:
     choices: tuple[str, ...] = ()  # empty: an open question
     category: str = ""
     boxes: tuple[Box, ...] = ()    # all of them must be seen to know the answer; () = unknown
-    objects: dict[str, Box] = field(default_factory=dict)  # what is where; {} = unknown
+    objects: dict[str, Box] = field(default_factory=dict)  # by name, where; {} = unknown
     marks: dict[str, str] = field(default_factory=dict)    # what each carries (tiny/world.py)
     id: str = ""
     benchmark: str = ""            # the name of the benchmark that it is of

@@ -6,7 +6,8 @@ waits. A *CUDA graph* is a recorded list of kernels, which is sent at once. A re
 and writes the same addresses each time, so whatever changes from token to token must lie in a
 tensor of fixed place and shape:
 
-    ids, positions, the column      in `fed`, which is written before each replay
+    ids, positions, the column      in `fed`, which is written before each replay; the column, too,
+                                    must be a tensor: a number would be recorded as it was
     the mask, keys and values       as wide as the turn can become, not as it is
 
 This class replaces lib/sampler.py's, whose loop it uses as it stands: the same tokens, but for
@@ -19,13 +20,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lib.policy import Policy, Tokens
-from lib.sampler import Session
-from tools import fit
+from lib.sampler import Session, example
 
 
 class GraphSession(Session):
@@ -131,11 +130,8 @@ def side_stream() -> torch.cuda.Stream:
 def demonstrate() -> None:
     """Two turns of the agent in tiny/ about one picture, in both ways."""
     torch.set_num_threads(1)
-    policy, picture = Policy("tiny"), Image.new("RGB", (768, 768), (110, 110, 110))
-    ImageDraw.Draw(picture).ellipse((192, 416, 320, 544), "red")
-    image = policy.encode_images([fit(picture, policy.resolution)])[0]
-    prompt = policy.prompt(image, "What mark is on the red circle?\n"
-                                  "Options: (A) horizontal (B) vertical (C) vee (D) checks")
+    policy = Policy("tiny")
+    prompt, _ = example(policy)
     for kind in (Session, GraphSession):
         session = kind(policy, [prompt], group=2)
         ids, logps = session.sample(64, .5, torch.Generator().manual_seed(0))

@@ -195,20 +195,22 @@ class Policy:
         return embeddings, {"visual_pos_masks": is_image, "deepstack_visual_embeds": inner}
 
     def hidden_after(self, batch: list[Tokens], prompts: list[Tokens]) -> Tensor:
-        """Hidden states (B, L, D) of sequences, from the last token of their prompts on.
+        """Hidden states (B, L, D) of sequences, from the last token of their prompts on: what
+        hidden(batch) gives there, in less time. A prompt that several rows share (the same object)
+        is computed once. Three rows, two of which have the prompt p p P, one q q Q:
 
-        A prompt that several rows share (the same object) is computed once, without its last token
-        P. Each row is fed P again: the state at P predicts the agent's first token.
+            1. the prompts, without      2. their keys and values,    3. the rows' rests go on
+               their last tokens            repeated for each row        behind them
+                   p p                          p p                          P a a
+                   q q                          p p                          P b
+                                                q q                          Q c c
 
-            computed once    p p         cached, once a row    p p     the rows    P a a
-                             q q                               p p                 P b
-                                                               q q                 Q c c
-
-        The gradients of all rows add up in the keys and values that they share."""
+        P is fed with the rows because the state at P predicts the agent's first token. The
+        gradients of all rows add up in the keys and values that they share."""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
         once = Cache(layer_class_to_replicate=FirstKept)       # a FirstKept() for each layer
-        _, past, ends = self.hidden(openings, cache=once)
+        _, past, ends = self.hidden(openings, cache=once)      # past: real columns; ends: positions
 
         rows = torch.tensor(which, device=self.device)
         layers = []
@@ -234,7 +236,8 @@ class Policy:
         """The states in which the agent chose its tokens, which are those where a mask is true.
 
         Returns the states (n, D), row by row, and where they belong, own (B, L - 1): column t
-        speaks of token t + 1. `prompts`: how each row begins (mask false); see hidden_after."""
+        speaks of token t + 1. `prompts`: how each row begins (mask false); then hidden_after leaves
+        out a row's first states, as many as `skipped` says."""
         if prompts:
             states = self.hidden_after(batch, prompts)
             skipped = [len(prompt.ids) - 1 for prompt in prompts]
@@ -402,12 +405,13 @@ def distinct(items: list) -> tuple[list, list[int]]:
     return objects, [place[id(item)] for item in items]
 
 
-# Two layers of a cache, for hidden_after. With recompute_layers the model's layer runs twice, and
-# transformers' own DynamicLayer would append the new keys twice.
+# Two layers of a cache, for hidden_after. With recompute_layers each layer of the model runs twice,
+# once forward and again in backward. transformers' own DynamicLayer would append its keys twice.
 
 class FirstKept(DynamicLayer):
-    """Keeps the keys and values (B, heads, columns, head size) of the first run. Those of the
-    second hold its autograd graph: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
+    """Keeps the keys and values (B, heads, columns, head size) of the first run, to which the rows'
+    gradients flow. Those of the second run are the same numbers, and would keep the layer's whole
+    autograd graph in memory: 5 GB in a micro-batch of a 3B (docs/gpu.md)."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

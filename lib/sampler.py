@@ -102,22 +102,23 @@ def ends_turn(ids: list[int], policy: Policy) -> bool:
     return ids[-1] in policy.end_ids or "</tool_call>" in said or "</answer>" in said
 
 
-def demonstrate() -> None:
-    """Four conversations of the agent in tiny/ about one picture: a turn, a crop, a turn.
-    (The picture is not of the agent's world, and it may misread it.)"""
-    torch.set_num_threads(1)
-    policy, generator = Policy("tiny"), torch.Generator().manual_seed(0)
+def example(policy: Policy) -> tuple[Tokens, Tokens]:
+    """A prompt for the agent in tiny/ and a crop that it might see next, both of one picture. (It
+    is not of the agent's world, and the agent may misread it.)"""
     picture, box = Image.new("RGB", (768, 768), (110, 110, 110)), (192, 416, 320, 544)
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse(box, "red")
-    pen.rectangle((461, 589, 563, 691), "blue")
-    pen.rectangle((224, 448, 288, 512), "gray")
+    ImageDraw.Draw(picture).ellipse(box, "red")
     image, crop = policy.encode_images([fit(picture, policy.resolution),
                                         fit(picture.crop(box), policy.resolution.crop())])
     prompt = policy.prompt(image, "What mark is on the red circle?\n"
                                   "Options: (A) horizontal (B) vertical (C) vee (D) checks")
-    observation = policy.observation(crop)
+    return prompt, policy.observation(crop)
 
+
+def demonstrate() -> None:
+    """Four conversations of the agent in tiny/ about one picture: a turn, a crop, a turn."""
+    torch.set_num_threads(1)
+    policy, generator = Policy("tiny"), torch.Generator().manual_seed(0)
+    prompt, observation = example(policy)
     session = Session(policy, [prompt], group=4)
     first, first_logps = session.sample(64, 0.5, generator)
     session.append([observation] * 4)

@@ -29,7 +29,7 @@ fewer micro-batches than another, so `even` appends None, and for None it sends 
 
 What is left out: sharded weights (ZeRO-3), communication during computation, CPU offload.
 
-Run it:  python -m lib.shard        # 1 and 2 ranks, 1 and 4 micro-batches: the same parameters
+Run it:  python -m lib.shard        # 1 and 2 ranks, 1 and 4 micro-batches agree to rounding
 """
 import os
 import tempfile
@@ -99,8 +99,9 @@ def agree(error: Exception | None = None) -> None:
     """All ranks meet here. If one brings an error, it raises that; the others raise RankFailed.
 
     A collective that one rank never joins could only time out. So the ranks meet in torchrun's
-    store, where one that failed, or is silent until the timeout, can be named. At its third meeting
-    rank 0 writes its error, or an empty text, under "3/0"."""
+    store, a dictionary that all can reach: each writes its error, or an empty text, and then reads
+    what the others wrote. So one that failed, or is silent until the timeout, can be named. The
+    calls of `agree` are numbered: in the third one rank 0 writes under "3/0"."""
     if STORE:
         meeting = STORE.add(f"meetings of {rank()}", 1)
         STORE.set(f"{meeting}/{rank()}", f"{type(error).__name__}: {error}" if error else "")
@@ -127,7 +128,7 @@ def together():
     agree(error)
 
 
-# ---- the collectives -----------------------------------------------------------------------------
+# ---- the collectives (torch before 2.13: reduce_scatter_tensor, all_gather_into_tensor) ----------
 
 def all_sum(x: float, op: str = "SUM") -> float:
     """Sum over ranks (or "MAX", the largest), in float64; alone, x itself."""

@@ -73,8 +73,8 @@ def tables(page: str) -> list[dict]:
 
 
 def test_readme_quotes_the_experiments():
-    """README's tables over seeds are parts of tables of the page, and so is every interval."""
-    page, readme = text("docs/experiments.md"), text("README.md")
+    """README's tables over seeds are parts of tables of the pages, and so is every interval."""
+    page, readme = "\n".join(map(text, experiments.PAGES)), text("README.md")
     quoted = [table for table in tables(readme) if any(column == "seeds" for _, column in table)]
     assert quoted
     for table in quoted:
@@ -176,8 +176,8 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(experiments, "present", lambda: ("s", "c"))
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
-                      "luck": 8 * 8, "stability": 4 * 3, "tuning": 13 * 3,
-                      "revised": 6 * 6}
+                      "luck": 8 * 8, "stability": 4 * 3, "harder": 8 * 8,
+                      "tuning": 13 * 3, "rate": 18 * 3, "revised": 6 * 6}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
     assert seeds == sorted(3 * list(range(200, 205)))
@@ -191,7 +191,7 @@ def test_development_shares_nothing_with_what_is_reported():
     """Neither seeds nor held-out questions."""
     seeds = {True: set(), False: set()}
     for name, part in experiments.parts().items():
-        for_choices = name in ("dev", "tuning")
+        for_choices = name in ("dev", "tuning", "rate")
         seeds[for_choices] |= set(part.seeds)
         for options in part.rows.values():
             assert ("--eval_start 100000" in options) == for_choices
