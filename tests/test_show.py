@@ -23,6 +23,7 @@ from lib.policy import Tokens
 from rollout import Trajectory, Turn
 from show import FRAME, SIDE, closing, film_strip, find_questions, stack, tell, transcript
 from show import write_page
+from tiny.world import World, world_question
 from tools import Call
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -241,6 +242,16 @@ def test_an_evaluation_has_a_page(tmp_path, trajectories):
     shown, = data_of(write_page([tmp_path]))["runs"]
     assert len(shown["trajectories"]) == len(trajectories) and shown["curves"] == {}
     assert all("picture" in story for story in shown["trajectories"])
+
+
+def test_the_worlds_questions_are_drawn_again(tmp_path):
+    """With the run's number of objects: with another one the scene, and the text, are others."""
+    question = world_question(World(objects=12), 0, "train", 3)
+    saved = [{"id": question.id, "question": question.text}]
+    for objects, found in ((12, 1), (6, 0)):
+        folder = saved_run(tmp_path / str(objects), [], objects=objects)
+        again = find_questions(saved, folder, held_out=False)
+        assert [q.boxes for q in again.values()] == [question.boxes] * found
 
 
 def test_questions_are_found_again(tmp_path, questions, trajectories):

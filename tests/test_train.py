@@ -468,6 +468,16 @@ def test_which_questions_are_held_out(tmp_path):
     assert [q.text for q in world] == [q.text for q in world_questions(World(), 0, "test", 0, 5)]
 
 
+def test_the_world_may_be_harder():
+    """--objects and --options reach the questions to train on, and those held out."""
+    config = parse_config(["--objects", "12", "--options", "2"])
+    assert config.out == "runs/mapo-options2-objects12"
+    for question in [*Questions(config)(0), *held_out(config)[:8]]:
+        assert len(question.objects) == 12 and len(question.choices) == 2
+    with pytest.raises(DataError, match="objects: expected 2 to 16, found 17"):
+        Questions(parse_config(["--objects", "17"]))(0)
+
+
 def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(DataError, match="none.jsonl: holds no questions"):
