@@ -9,7 +9,8 @@ Run it:  python eval.py --model runs/mapo                    # the world's held-
          python eval.py --model tiny --data questions.jsonl  # your own; its fields: lib/data.py
          python eval.py --model DIR --data VStarBench.tsv --max_turns 6 --max_tokens 512 \\
              --device cuda --dtype bfloat16                  # a benchmark: lib/benchmarks.py
-         torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches
+         torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches;
+                                                 # without the -- torchrun takes --n for its own
 
 A benchmark's table counts as its reference does, and beside that by our rule (docs/scoring.md).
 
