@@ -1,8 +1,8 @@
 """Scores -> returns -> advantages -> loss: MAPO, GRPO and its kin, and PPO as rows of one table.
 
 What it teaches: *where* the semantic score enters. A group of G trajectories answers one question.
-Trajectory i has an outcome r_i in [0, 1]: was the answer right? A turn t of it that looks has a
-score s_it in [0, 1]: did the crop show what the agent said that it looks for?
+Trajectory i has an outcome r_i, 1 or 0: was the answer right? A turn t of it that looks has a score
+s_it in [0, 1]: did the crop show what the agent said that it looks for?
 
     S_i = sum_t lam^(n_it) s_it / sum_t lam^(n_it)                (1)
     R_i = (1 - beta) r_i + beta S_i                               (2)
@@ -24,7 +24,7 @@ MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 ar
 it, and each number is an option. README.md lists what is the paper's and what is assumed.
 docs/theory.md says when the coupling pays, and where it fails.
 
-Run it:  python mapo.py          # the advantages of one group of five, under every row but PPO; 2 s
+Run it:  python mapo.py     # advantages of a group of five, by each row's beta, by each credit; 2 s
 """
 from dataclasses import dataclass
 
@@ -135,7 +135,8 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
     A look is compared with the mean of the group's looks in the same turn: the score says where to
     look; whether to look again is left to the outcome. A turn without a look has no score term. One
     exception: a trajectory that never looked has - beta mean S in all its turns, as with the other
-    credits (its S is 0), so that the score still pays a first look."""
+    credits (its S is 0), so that on the average the score still pays a first look. lam has a part
+    only in mean S and in std R."""
     counts = group_mean(looked.float(), group)            # (N, T), the share that looks
     mean = group_mean(scores * looked, group) / counts.clamp(min=1e-8)
     aim = torch.where(looked.bool(), scores - mean, 0.)                       # (N, T)
@@ -196,7 +197,7 @@ def sequence_log_ratio(logp: Tensor, log_ratio: Tensor, weight: Tensor) -> Tenso
 
     Its gradient is that of GSPO-token (arXiv 2507.18071, sec. 4.3):
 
-        value at token j:    the row's mean
+        value at token j:    the row's mean, as if it were constant
         derivative of it:    1 by logp_j, 0 by the log-probabilities of the row's other tokens
 
     In plain GSPO each token's loss moves all tokens of the row. With one advantage for the

@@ -8,7 +8,8 @@ length is bounded.
     <think>...</think><tool_call>{"name": "image_zoom_in_tool",
         "arguments": {"label": "the red sign", "bbox_2d": [x1, y1, x2, y2]}}</tool_call>
 
-MAPO makes `label` mandatory for every tool, and puts it first: say what you look for, *then* look.
+MAPO makes `label` mandatory for every tool. The prompt puts it first: say what you look for, *then*
+look.
 A box is always one of the overview, the reduced image that the agent saw first: in its pixels, or
 in thousandths of its sides. The crop is cut from the original, and one function, `to_original`,
 maps between the two. The dict TOOLS holds the tools; a new one is added there and nowhere else

@@ -1,13 +1,13 @@
 """Train an agent that looks: roll out, score, advantage, accumulate, step.
 
 What it teaches: the whole loop of agentic RL on one screen, nothing hidden in a framework. `train`
-is the loop; its lines are named steps, which follow below in the same order. The method is
+is the loop; its lines are named steps, defined below. The method is
 
     roll out     `group` trajectories of each of `questions` questions, and the semantic
                  score s of every look                    (rollout.py, reward.py)
     advantage    couple outcome and score in the return, normalise in the group      (mapo.py)
     accumulate   the gradient of the clipped loss, over micro-batches and ranks      (here)
-    step         AdamW, its states shared by the ranks                               (lib/shard.py)
+    step         AdamW, its states divided among the ranks                           (lib/shard.py)
 
 DAPO draws again where a group has no signal, and PPO has a critic instead of the group; both are
 rows of mapo.ALGORITHMS. Left out: a KL penalty (kl, to the policy that sampled, is only measured),
@@ -356,7 +356,7 @@ def token_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Advantage of each token (N, L - 1); column j speaks of token j + 1."""
     config, algorithm = run.config, run.algorithm
     r, s, looked = rewards(trajectories)
-    if algorithm.overlong:      # a group of equal returns has none: length would be its only signal
+    if algorithm.overlong:      # no penalty in a group of equal returns: it would be all its signal
         limit = config.max_turns * config.max_tokens
         lengths = torch.tensor([sum(t.mask) for t in trajectories])
         penalty = mapo.overlong_penalty(lengths, limit, round(algorithm.overlong * limit))
@@ -383,7 +383,7 @@ class Batch:
 def to_batch(trajectories: list[Trajectory], advantage: Tensor, algorithm: mapo.Algorithm) -> Batch:
     """The weights of all tokens are fixed here, before the first backward: so the gradients of
     micro-batches add up to the same sum, however they are cut, on any number of ranks. On each rank
-    they sum to its share: its count of trajectories (or of tokens, by `mean`) over all ranks'."""
+    they sum to its share of all trajectories (or of all tokens, if `mean` says so)."""
     mask = pad([t.mask for t in trajectories], False)
     count = float(mask.sum() if algorithm.mean == "token" else len(mask))
     weight = mapo.token_weights(mask, algorithm.mean) * (count / shard.all_sum(count))

@@ -33,7 +33,7 @@ def micro_batches(trajectories: list, rows: list[int], limit: int) -> list[list[
     tokens (at least one row).
 
     Rows are sorted by the longest trajectory of their group: little padding, and trajectories that
-    share a prompt stay together, so that it is computed once."""
+    share a prompt stay together, so that it is computed once a micro-batch."""
     lengths = {i: len(trajectories[i].mask) for i in rows}
     longest = {}                                           # of each group, by its prompt
     for i in rows:

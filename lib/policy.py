@@ -206,7 +206,8 @@ class Policy:
                                                 q q                          Q c c
 
         P is fed with the rows because the state at P predicts the agent's first token. The
-        gradients of all rows add up in the keys and values that they share."""
+        gradients of all rows add up in the keys and values that they share. (FirstKept and After,
+        below, are transformers' cache, but for recompute_layers.)"""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
         once = Cache(layer_class_to_replicate=FirstKept)       # a FirstKept() for each layer

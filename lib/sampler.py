@@ -73,7 +73,7 @@ class Session:
     @torch.no_grad()
     def append(self, batch: list[Tokens]) -> None:
         """Feed tokens to each row (to a row that is silent, none): sampled ones, an observation.
-        `last` (B, D) are the hidden states after them."""
+        `last` (B, D) are the hidden states after them; a silent row's is never used."""
         states, self.mask, self.next = self.policy.hidden(batch, self.next, self.mask, self.cache)
         self.last = last_state(states, batch)
 

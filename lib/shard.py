@@ -240,8 +240,9 @@ class ShardedAdamW:
                 p.grad = None
 
     def finish_micro_batch(self) -> None:
-        """Sum the gradients over the ranks, keep this rank's part, free the rest. All ranks call it
-        equally often: after each backward, or without one, with none left."""
+        """Sum the gradients over the ranks, keep this rank's part, free the rest: so no rank keeps
+        a whole gradient in float32. All ranks call it equally often: after each backward, or
+        without one, with none left."""
         for b in self.buckets:
             whole = b.joined([p.grad for p in b.parameters])
             for p in b.parameters:
