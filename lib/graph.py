@@ -43,15 +43,15 @@ class GraphSession(Session):
         self.fed = torch.zeros(4, len(self.next), dtype=torch.long, device=self.mask.device)
         column = self.fed[3, :1]                                    # a view: it follows `fed`
         self.cache = Cache(layers=[Fixed(layer, max_tokens, column) for layer in growing.layers])
-        self.column, self.sampling = used, True                     # the next column, as a number
+        self.filled, self.sampling = used, True                     # how many columns hold something
         try:
             return super().sample(max_tokens, temperature, generator)
         finally:                                                    # the cache may grow again
             self.sampling, self.replay = False, None
-            self.mask = self.mask[:, :self.column]
+            self.mask = self.mask[:, :self.filled]
             for layer, fixed in zip(growing.layers, self.cache.layers):
-                layer.keys = fixed.keys[:, :, :self.column]
-                layer.values = fixed.values[:, :, :self.column]
+                layer.keys = fixed.keys[:, :, :self.filled]
+                layer.values = fixed.values[:, :, :self.filled]
             self.cache = growing
 
     @torch.no_grad()
@@ -61,12 +61,12 @@ class GraphSession(Session):
             return super().append(batch)
         real = [len(tokens.ids) for tokens in batch]
         ids = [tokens.ids[0] if tokens.ids else self.policy.end_id for tokens in batch]
-        columns = [self.column] * len(batch)
+        columns = [self.filled] * len(batch)
         self.fed.copy_(torch.tensor([ids, self.next, real, columns]))
         self.replay = self.replay or record(self.step, self.mask.device)
         self.last = self.replay()
         self.next = [position + new for position, new in zip(self.next, real)]
-        self.column += 1
+        self.filled += 1
 
     def step(self) -> Tensor:
         """What is recorded: `fed` (4, B) -> hidden states (B, D). It may run twice: it writes the
