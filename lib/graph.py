@@ -43,7 +43,7 @@ class GraphSession(Session):
         self.fed = torch.zeros(4, len(self.next), dtype=torch.long, device=self.mask.device)
         column = self.fed[3, :1]                                    # a view: it follows `fed`
         self.cache = Cache(layers=[Fixed(layer, max_tokens, column) for layer in growing.layers])
-        self.filled, self.sampling = used, True                     # how many columns hold something
+        self.filled, self.sampling = used, True                   # how many columns hold something
         try:
             return super().sample(max_tokens, temperature, generator)
         finally:                                                    # the cache may grow again

@@ -176,7 +176,7 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(experiments, "present", lambda: ("s", "c"))
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
-                      "luck": 8 * 8, "stability": 4 * 3, "harder": 8 * 8,
+                      "luck": 8 * 8, "stability": 4 * 3, "harder": 8 * 4, "rare": 8 * 4,
                       "tuning": 13 * 3, "rate": 18 * 3, "revised": 6 * 6}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
