@@ -248,7 +248,7 @@ def made_up(monkeypatch):
         monkeypatch.setattr(training, "collect", collect)
         monkeypatch.setattr(training, "score_looks", lambda *_: None)
 
-        def stream(step: int, draw: int) -> list[int]:
+        def stream(step: int, draw: int = 0) -> list[int]:
             start = step * config.questions + draw * 100
             return list(range(start, start + config.questions))
 
