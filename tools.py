@@ -10,10 +10,14 @@ length is bounded.
 
 MAPO makes `label` mandatory for every tool. The prompt puts it first: say what you look for, *then*
 look.
-A box is always one of the overview, the reduced image that the agent saw first: in its pixels, or
-in thousandths of its sides. The crop is cut from the original, and one function, `to_original`,
-maps between the two. The dict TOOLS holds the tools; a new one is added there and nowhere else
-(docs/extending.md shows how).
+
+Three sizes (width, height) are at work. `to_original` maps a box from `space` to the first one:
+
+    image.size    of the original, from which a crop is cut at full resolution
+    seen          of the overview: the whole image, reduced, which the agent sees first
+    space         of the agent's boxes, also after a crop: as `seen`, or (1000, 1000)
+
+The dict TOOLS holds the tools; a new one is added there and nowhere else (docs/extending.md).
 
 Run it:  python tools.py            # good and bad calls, and what the agent gets back; 1 s
 """
