@@ -10,8 +10,7 @@ and the last hidden state of each is compared (E5-V, arXiv 2407.12580).
     s(l, x) = sigmoid(sharpness (contrast(l, x) - threshold))                      (10)
 
 Eq. 9: mean and std are over reference crops x'. This keeps vague labels from paying: a label that
-fits all crops alike has a contrast of 0 on the average over them, where s = sigmoid(1.5 (0 - 2)),
-0.05.
+fits all crops alike has a contrast near 0, and there s = sigmoid(1.5 (0 - 2)) = 0.05.
 Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand; docs/score.md
 judges them.
 

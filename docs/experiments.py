@@ -48,9 +48,8 @@ COLUMNS = {
                                      ("small", "coarse_to_fine"))
               for how in ("greedy", "sampled")},
     "choice": FEW,
-    "looks": {"accuracy, greedy": END["accuracy, greedy"],
-              "accuracy, sampled": END["accuracy, sampled"], "hit, sampled": END["hit, sampled"],
-              "looks, sampled": ("sampled", "calls", "all")},
+    "looks": {name: END[name] for name in ("accuracy, greedy", "accuracy, sampled", "hit, sampled")}
+    | {"looks, sampled": ("sampled", "calls", "all")},
     "long": FEW | {
         "turns without error": ("sampled", "valid", "all"),
         "entropy, steps 1-20": ("entropy", EARLY),
@@ -109,7 +108,7 @@ def parts() -> dict[str, Part]:
             "rate": rate(compared),
             "revised": revised(compared),
             "harder": harder(larger, 12, "mapo"),
-            "rare": harder(larger, 16, "mapo, by trajectory"),
+            "rare": replace(harder(larger, 16, "mapo, by trajectory"), columns="looks"),
             "luck": luck()}
 
 

@@ -207,7 +207,7 @@ class Policy:
 
         P is fed with the rows because the state at P predicts the agent's first token. The
         gradients of all rows add up in the keys and values that they share. (FirstKept and After,
-        below, are transformers' cache, but for recompute_layers.)"""
+        below, are layers of a cache that also works under recompute_layers.)"""
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
         once = Cache(layer_class_to_replicate=FirstKept)       # a FirstKept() for each layer
