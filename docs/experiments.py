@@ -105,6 +105,7 @@ def parts() -> dict[str, Part]:
             "stability": stability(larger),
             "dev": development(),
             "tuning": tuning(compared),
+            "apart": apart(),
             "rate": rate(compared),
             "revised": revised(compared),
             "harder": harder(larger, 12, "mapo"),
@@ -143,6 +144,18 @@ def tuning(compared: dict[str, str]) -> Part:
         rows[f"{row}, clip x 0.5"] = clip_scaled(options, .5)
         rows[f"{row}, clip x 2"] = clip_scaled(options, 2)
     return replace(part(range(100, 103), rows, CHOICE), columns="choice")
+
+
+def apart() -> Part:
+    """The coupling before and after the normalisation, on GSPO's ratio (docs/apart.py)."""
+    rows, pairs = {}, {}
+    for credit in ("aim", "trajectory"):
+        before, after = f"before, {credit}", f"after, {credit}"
+        rows[before] = coupled("0.4", credit)[f"gspo + beta 0.4, {credit}"]
+        rows[after] = f"--program docs/apart.py {rows[before]}"
+        pairs[f"before - after, {credit}, paired"] = [(before, after)]
+    pairs["before - after, pooled"] = [pair for [pair] in pairs.values()]
+    return replace(part(range(100, 108), rows, CHOICE, pooled=pairs), columns="choice")
 
 
 def rate(compared: dict[str, str]) -> Part:

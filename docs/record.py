@@ -20,7 +20,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
-TRAIN, JUDGE = [sys.executable, "train.py"], [sys.executable, "docs/record.py"]
+TRAIN, JUDGE = "train.py", "docs/record.py"
 SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
                 "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
                 "lib/shard.py", "lib/data.py", "lib/labels.py")
@@ -98,15 +98,19 @@ def train_all(jobs: list[Job], side_by_side: int) -> None:
 def train(row: str, options: list[str], seed: int, pair: tuple[str, str]) -> str:
     """One run, recorded; its folder and its log stay. Raises RuntimeError if it failed."""
     from lib.checkpoint import choose_folder        # with torch; who draws a page need not wait
+    program, given = TRAIN, options
+    if options[0] == "--program":             # such as docs/apart.py: train.py with a change
+        _, program, *given = options
     name = row.replace(" ", "").replace("/", "-")
     out = choose_folder(RUNS / f"{name}-{seed}", resume=False)
     of_run, log = ["--seed", str(seed), "--out", str(out)], Path(f"{out}.log")
     began = time.time()
     with log.open("w") as file:
-        for command in ([*TRAIN, *options, *of_run, "--eval_questions", "0"],
-                        [*JUDGE, *options, *of_run]):
+        for command in ([program, *given, *of_run, "--eval_questions", "0"],
+                        [JUDGE, *given, *of_run]):
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                                  stdout=file, stderr=file)
             if done.returncode:
                 raise RuntimeError(f"{row}, seed {seed}: {log} ends {log.read_text()[-300:]!r}")
     if present() != pair:

@@ -18,6 +18,7 @@ from conftest import ROOT
 from tiny.world import World, world_questions
 
 sys.path.insert(0, str(ROOT / "docs"))
+import apart
 import experiments
 import mapo
 import record
@@ -177,7 +178,7 @@ def test_what_is_missing(monkeypatch):
     counts = {name: len(experiments.missing([name], [])) for name in experiments.parts()}
     assert counts == {"table": 6 * 16, "coupling": 6 * 16, "longer": 3 * 5, "dev": 11 * 8,
                       "luck": 8 * 8, "stability": 4 * 3, "harder": 8 * 4, "rare": 8 * 4,
-                      "tuning": 13 * 3, "rate": 18 * 3, "revised": 6 * 6}
+                      "tuning": 13 * 3, "rate": 18 * 3, "revised": 6 * 6, "apart": 4 * 8}
     assert len(experiments.missing(["table", "coupling"], [])) == 8 * 16
     seeds = [seed for *_, seed in experiments.missing(["longer"], [])]
     assert seeds == sorted(3 * list(range(200, 205)))
@@ -191,7 +192,7 @@ def test_development_shares_nothing_with_what_is_reported():
     """Neither seeds nor held-out questions."""
     seeds = {True: set(), False: set()}
     for name, part in experiments.parts().items():
-        for_choices = name in ("dev", "tuning", "rate")
+        for_choices = name in ("dev", "tuning", "apart", "rate")
         seeds[for_choices] |= set(part.seeds)
         for options in part.rows.values():
             assert ("--eval_start 100000" in options) == for_choices
@@ -264,8 +265,8 @@ def trainer(tmp_path, monkeypatch):
     fails."""
     (tmp_path / "train.py").write_text(TRAINER.replace("{names}", repr(record.CURVES)))
     (tmp_path / "judge.py").write_text(JUDGE)
-    monkeypatch.setattr(record, "TRAIN", [sys.executable, str(tmp_path / "train.py")])
-    monkeypatch.setattr(record, "JUDGE", [sys.executable, str(tmp_path / "judge.py")])
+    monkeypatch.setattr(record, "TRAIN", str(tmp_path / "train.py"))
+    monkeypatch.setattr(record, "JUDGE", str(tmp_path / "judge.py"))
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "experiments.jsonl")
     monkeypatch.setattr(record, "present", lambda: ("s", "c"))
@@ -289,6 +290,30 @@ def test_runs_are_recorded_as_they_end(trainer):
     assert run["results"] == {"after greedy": {"accuracy": .6667}}
     folders = sorted(path.name for path in (trainer / "runs").iterdir() if path.is_dir())
     assert folders == ["arow-2-0", "arow-2-0-2", "arow-2-1", "arow-2-2"]
+
+
+def test_a_row_may_name_its_program(trainer):
+    """It runs in place of train.py, with the other options; the line keeps its name."""
+    other = trainer / "other.py"
+    other.write_text((trainer / "train.py").read_text().replace("1 / 3", "1 / 4"))
+    options = ["--program", str(other), "--algo", "grpo"]
+    record.train_all([("a row", options, 0)], side_by_side=1)
+    [run] = record.read_runs()
+    assert run["options"] == options and run["curves"]["gap"] == [.25, .25]
+
+
+def test_coupled_after_the_normalisation_by_hand():
+    """Two trajectories, one right: by eq. 3 the right one has 1, if beta is below 1/2, however
+    little its score is behind. Apart, it has .6 + .4 or .6 - .4."""
+    r, looked = torch.tensor([1., 0]), torch.ones(2, 1, dtype=torch.bool)
+    for scores, expected in (((.9, .1), 1.), ((.1, .9), .2)):
+        scores = torch.tensor(scores)[:, None]
+        for credit, turns in (("trajectory", ()), ("aim", (1,))):
+            A = apart.advantages(r, scores, looked, 2, .4, .95, credit)
+            assert torch.allclose(A, torch.tensor([expected, -expected]).view(2, *turns), atol=1e-4)
+            before = mapo.advantages(r, scores, looked, 2, .4, .95, credit)
+            if credit == "trajectory":
+                assert torch.allclose(before, torch.tensor([1., -1]), atol=1e-4)
 
 
 def test_a_failed_run_stops_the_series_and_loses_none(trainer):
