@@ -10,9 +10,9 @@ is the loop; its lines are named steps, defined below. The method is
     step         AdamW, its states divided among the ranks                           (lib/shard.py)
 
 DAPO draws again where a group has no signal, and PPO has a critic instead of the group; both are
-rows of mapo.ALGORITHMS. Left out: a KL penalty (kl, to the policy that sampled, is only measured),
-and asynchronous sampling. The vision tower is frozen, so that an image is encoded once and serves
-sampling, training and the semantic score.
+rows of mapo.ALGORITHMS. The vision tower is frozen, so that an image is encoded once and serves
+sampling, training and the semantic score. What a run tells while it goes is in lib/report.py. Left
+out: a KL penalty (kl, to the policy that sampled, is only measured), and asynchronous sampling.
 
 Run it:  python train.py                              # MAPO on the embedded agent
          python train.py --beta 0                     # without the semantic score: GSPO, clip 10
@@ -28,9 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # waiting threads must not
 import argparse
 import dataclasses
 import functools
-import json
 import math
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -42,15 +40,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mapo
-from eval import evaluate, record, summary, table, wilson
 from lib import checkpoint, shard
 from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
 from lib.data import DataError, Question, check_pictures, listed, read_jsonl
 from lib.policy import Policy, not_finite
+from lib.report import judge, log, no_bar, peak_mb, report, show_page, watch
 from reward import Scorer, measure, rewards, score_looks
 from rollout import Trajectory, collect
-from show import closing, film_strip, stack, write_page
+from show import closing
 from tiny.world import World, world_questions
 
 
@@ -175,7 +173,8 @@ def train(config: Config) -> dict:
             for _ in range(config.updates):
                 totals = accumulate(run.policy, run.optimiser, batch, run.algorithm, config)
                 updates.append(take_step(run, batch, totals, step))
-            metrics = log(run, step, sampled, batch, updates, began, rolled, bar)
+            metrics = measured(run, step, sampled, updates, began, rolled)
+            log(run, metrics, batch, bar)
             del trajectories, sampled, batch  # their features must not lie beside the next step's
             save_if_due(run, step, stopped())
     if run.tests:
@@ -454,6 +453,21 @@ def take_step(run: Run, batch: Batch, totals: dict[str, float], step: int) -> di
     return stats
 
 
+def measured(run: Run, step: int, sampled: list[Trajectory], updates: list[dict], began: float,
+             rolled: float) -> dict:
+    """The numbers of a step, over all ranks (docs/run.md). Those of an update are of the last one,
+    but for logp_gap: by how much sampler and trainer disagree shows before the first one has moved
+    the policy."""
+    seconds, signal = time.time() - began, signal_of(sampled, run.config).tolist()
+    tokens = shard.all_sum(sum(len(t.mask) for t in sampled))
+    return {"step": step + 1, **measure(sampled, shard.all_sum),
+            "signal_groups": shard.all_sum(sum(signal)) / shard.all_sum(len(signal)),
+            "sampled": shard.all_sum(len(sampled)),
+            **updates[-1], "logp_gap": updates[0]["logp_gap"],
+            "tokens_per_s": tokens / seconds, "rollout_seconds": rolled - began,
+            "seconds": seconds, "peak_mb": peak_mb(run.policy.device)}
+
+
 # ---- save ----------------------------------------------------------------------------------------
 
 def save_if_due(run: Run, step: int, stopped: bool) -> None:
@@ -469,144 +483,6 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     if stop:
         raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes "
                                 f"on from {checkpoint.newest(run.out)}")
-
-
-# ---- what a person sees --------------------------------------------------------------------------
-
-def judge(run: Run, policy: Policy) -> dict[str, list[Trajectory]]:
-    """This rank's part of the held-out questions, answered greedily and sampled."""
-    mine, config = run.tests[shard.rank()::shard.ranks()], run.config
-    quiet = no_bar(config)
-    # at most 64 side by side, and no more than in a rollout, which fits in memory
-    batch = min(64, config.questions // shard.ranks() * config.group)
-    answers = {}
-    with shard.together():
-        for name, temperature in (("greedy", 0.), ("sampled", 1.)):
-            answers[name] = evaluate(policy, mine, run.scorer, temperature, 0, config.max_turns,
-                                     config.max_tokens, batch, quiet)
-    return answers
-
-
-def no_bar(config: Config) -> bool:
-    return shard.rank() > 0 or config.quiet or not sys.stderr.isatty()
-
-
-def watch(run: Run, step: int) -> None:
-    """Answer a handful of held-out questions greedily, the same ones every time: what was learnt
-    can be watched. One line a trajectory in watched.jsonl."""
-    config = run.config
-    with shard.together():
-        if shard.rank() == 0:
-            batch = config.questions // shard.ranks() * config.group
-            watched = evaluate(run.policy, handful(run.tests), run.scorer, 0., 0,
-                               config.max_turns, config.max_tokens, batch)
-            checkpoint.append(run.out / "watched.jsonl",
-                              [{"step": step, **record(trajectory)} for trajectory in watched])
-
-
-def show_page(run: Run) -> None:
-    """Write the run's page anew: a browser's reload shows the run as it is now."""
-    with shard.together():
-        if shard.rank() == 0:
-            write_page([run.out])
-
-
-def handful(questions: list[Question], count: int = 6) -> list[Question]:
-    """The first question of each category, then the first others; in their own order."""
-    first = first_of_each(questions)
-    others = [i for i in range(len(questions)) if i not in first]
-    return [questions[i] for i in sorted([*first, *others][:count])]
-
-
-def first_of_each(questions: list[Question]) -> list[int]:
-    """The place of the first question of each category."""
-    first = {}
-    for i, question in enumerate(questions):
-        first.setdefault(question.category, i)
-    return list(first.values())
-
-
-def log(run: Run, step: int, sampled: list[Trajectory], batch: Batch, updates: list[dict],
-        began: float, rolled: float, bar: tqdm) -> dict:
-    """A line of metrics.jsonl, three whole trajectories, the bar, and a collapse in words. Where
-    there is no terminal for a bar, each step prints a line.
-
-    The statistics are those of the last update, but for logp_gap: by how much sampler and trainer
-    disagree shows before the first one has moved the policy."""
-    config, seconds = run.config, time.time() - began
-    signal = signal_of(sampled, config).tolist()
-    tokens = shard.all_sum(sum(len(t.mask) for t in sampled))
-    metrics = {"step": step + 1, **measure(sampled, shard.all_sum),
-               "signal_groups": shard.all_sum(sum(signal)) / shard.all_sum(len(signal)),
-               "sampled": shard.all_sum(len(sampled)),
-               **updates[-1], "logp_gap": updates[0]["logp_gap"],
-               "tokens_per_s": tokens / seconds, "rollout_seconds": rolled - began,
-               "seconds": seconds, "peak_mb": peak_mb(run.policy.device)}
-    if shard.rank() > 0:
-        return metrics
-    checkpoint.append(run.out / "metrics.jsonl", [metrics])
-    for i in sorted({0, 1, config.group} & set(range(len(batch.trajectories)))):
-        trajectory, advantage = batch.trajectories[i], batch.advantage[i]
-        # token k stands in column k - 1; a turn's last token is span.stop - 1
-        of_turns = [round(advantage[turn.span.stop - 2].item(), 4) for turn in trajectory.turns]
-        line = {"step": step + 1, "advantage": of_turns, **record(trajectory)}
-        checkpoint.append(run.out / "trajectories.jsonl", [line])
-    shown = [(name, metrics[name]) for name in ("accuracy", "calls", "hit", "gap", "semantic")]
-    words = "  ".join(f"{name} {v:.2f}" for name, v in shown if v is not None)
-    bar.set_postfix_str(words)
-    if bar.disable and not config.quiet:
-        print(f"step {step + 1}/{config.steps}  {words}  {seconds:.1f} s", flush=True)
-    if trouble := collapse(metrics):
-        tqdm.write(f"step {step + 1}: collapse: {trouble}")
-    return metrics
-
-
-def collapse(metrics: dict) -> str:
-    """What went wrong, in words; empty while all is well."""
-    if not math.isfinite(metrics["grad_norm"]):
-        return "the gradient is not finite: the step was skipped; lower --lr"
-    if metrics["skipped"]:
-        return "no group had a signal: the step was skipped"
-    if metrics["calls"] < .1:
-        return ("the agent has stopped looking (fewer than 0.1 calls a trajectory): "
-                "raise --beta, or try --credit trajectory")
-    if metrics["answered"] < .5:
-        return ("fewer than half of the trajectories end in an answer: lower --beta or --lr, or "
-                "raise --max_tokens")
-    if metrics["entropy"] < .005:
-        return ("the policy is nearly deterministic (entropy below 0.005): "
-                "nothing is left to learn from")
-    if metrics["valid"] < .5:
-        return "most turns are malformed: lower --lr"
-    return ""
-
-
-def peak_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def report(run: Run, before: dict, after: dict) -> None:
-    """The tables before and after, over all ranks; results.json; films of the same questions."""
-    results, main = {}, shard.rank() == 0
-    for name in ("greedy", "sampled"):
-        for moment, answers in (("before", before), ("after", after)):
-            rows = summary(answers.get(name, []), run.tests, shard.all_sum)
-            m = rows["all"]
-            interval = wilson(m["accuracy"] * m["n"], m["n"])
-            results[f"{moment} {name}"] = {**m, "interval": interval, "categories": rows}
-            if main and not run.config.quiet:
-                print(f"\n{moment} training, {name}\n{table(rows)}")
-    if not main:
-        return
-    (run.out / "results.json").write_text(json.dumps(results, indent=1))
-    strips = []
-    for i in first_of_each([t.question for t in before["greedy"]])[:4]:
-        strips.append(film_strip(before["greedy"][i], "before: "))
-        strips.append(film_strip(after["greedy"][i], "after: "))
-    stack(strips).save(run.out / "films.png")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib.data import DataError, read_jsonl
 from lib.policy import read_config
+from lib.report import side_by_side
 from tiny.world import world_questions
 from tools import Resolution, system_prompt
 from train import Config, parse_config, world_of
@@ -49,7 +50,7 @@ from train import Config, parse_config, world_of
 TFLOPS, TERABYTES = 300., 2.5   # a second
 VISION = 35.                    # TFLOP/s of the vision tower
 LAYER = 2e-4                    # s a layer and token of decoding: small kernels, gaps between them
-CHUNK, BUCKET, SUMMARY, TRIAL = 512, 2**25, 256, 64     # logprobs, ShardedAdamW, embed, evaluate
+CHUNK, BUCKET, SUMMARY = 512, 2**25, 256     # logprobs, ShardedAdamW, embed
 WRAP, ERROR, FIRST = 32, 64, 32     # tokens of ChatML around a text, of an error; questions read
 
 
@@ -217,8 +218,7 @@ def memory(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str, 
                  ("a layer in backward", "logits")):                   # one after the other
         peaks["peak of update"] -= min(update[name] for name in pair)
     if config.test or not config.data:
-        trial = min(TRIAL, math.ceil(config.eval_questions / ranks),
-                    config.questions // ranks * config.group)           # as train.judge has it
+        trial = min(side_by_side(config, ranks), math.ceil(config.eval_questions / ranks))
         parts = rollout_bytes(s, config, lengths, trial, 1)
         peaks["peak of evaluation"] = fixed + sum(parts.values())
     return always | rollout | update | peaks

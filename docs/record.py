@@ -23,7 +23,7 @@ RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
 TRAIN, JUDGE = "train.py", "docs/record.py"
 SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
                 "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
-                "lib/shard.py", "lib/data.py", "lib/labels.py")
+                "lib/shard.py", "lib/data.py", "lib/labels.py", "lib/report.py")
 # The present code computes what the recorded one did: in five short runs of both (grpo, gspo, dapo,
 # dr_grpo, ppo; all credits) all metrics, trajectories and weights were equal.
 EQUAL = {"2dfb9d05": "7252fb04"}
@@ -144,6 +144,7 @@ def judge(options: list[str]) -> None:
     (train.py would also ask the start, the same in each run: that takes a fifth of a run.)"""
     import train as training
     from eval import summary
+    from lib import report
     from lib.checkpoint import newest
     from lib.policy import Policy
     from reward import Scorer
@@ -151,7 +152,7 @@ def judge(options: list[str]) -> None:
     questions = training.held_out(config)
     scorer = Scorer(Policy(newest(config.model), config.device))
     run = SimpleNamespace(config=config, tests=questions, scorer=scorer)
-    answers = training.judge(run, Policy(newest(config.out), config.device))
+    answers = report.judge(run, Policy(newest(config.out), config.device))
     results = {f"after {how}": {"categories": summary(answers[how], questions)} for how in answers}
     (Path(config.out) / "results.json").write_text(json.dumps(results))
 

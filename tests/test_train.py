@@ -23,10 +23,10 @@ import train as training
 from conftest import ROOT
 from lib import checkpoint, shard
 from lib.batches import spread
-from lib.data import DataError, Question, write_jsonl
+from lib.data import DataError, write_jsonl
 from lib.policy import Policy
 from tiny.world import World, world_questions
-from train import (FREE, Batch, Config, Questions, accumulate, collapse, held_out, own_questions,
+from train import (FREE, Batch, Config, Questions, accumulate, held_out, own_questions,
                    parse_config, roll_out, run_name, take_step, to_batch, token_advantages, train)
 
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
@@ -534,19 +534,7 @@ def test_bad_settings_stop_before_anything_runs(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-# ---- what a person sees --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("metrics, words", [
-    ({}, ""), ({"calls": .05}, "stopped looking"), ({"grad_norm": math.nan}, "not finite"),
-    ({"entropy": .001}, "deterministic"), ({"valid": .2}, "malformed"),
-    ({"answered": .4}, "end in an answer"),
-    ({"skipped": 1., "entropy": 0.}, "no group had a signal"),
-    ({"skipped": 1., "grad_norm": math.inf}, "not finite")])
-def test_collapse_is_named(metrics, words):
-    well = {"calls": 1., "grad_norm": 1., "entropy": .5, "valid": 1., "skipped": 0., "answered": 1.}
-    said = collapse(well | metrics)
-    assert words in said and bool(said) == bool(words)
-
+# ---- the command ---------------------------------------------------------------------------------
 
 def main(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -612,34 +600,6 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1; .* --resume"):
         train(small(tmp_path / "run", steps=9, save_every=5))
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
-
-
-def test_the_watched_questions_are_a_handful():
-    """By hand: the first of each category, then the first others, in their own order."""
-    def named(kinds):
-        return [Question(str(i), "x", None, category=kind) for i, kind in enumerate(kinds)]
-
-    def chosen(kinds, count=6):
-        return [question.text for question in training.handful(named(kinds), count)]
-
-    assert chosen("aaaaaaabc") == ["0", "1", "2", "3", "7", "8"]
-    assert chosen("abcdefgh") == list("012345") and chosen("ab") == ["0", "1"] and chosen("") == []
-
-
-def test_a_handful_is_watched_and_a_page_written(tmp_path, capsys):
-    """At the start, at each checkpoint and at the end, the same questions; and one page."""
-    def run(steps, *more):
-        training.train(training.parse_config(
-            ["--steps", str(steps), "--questions", "1", "--group", "2", "--save_every", "2",
-             "--eval_questions", "3", "--out", str(tmp_path / "run"), "--quiet", *more]))
-
-    run(3)
-    said = capsys.readouterr().out
-    assert "step 1/3" not in said and "3 held-out questions" in said and "page.html" in said
-    first = (tmp_path / "run/watched.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in first] == [0] * 3 + [2] * 3 + [3] * 3
-    assert len({json.loads(line)["id"] for line in first}) == 3
-    assert (tmp_path / "run/page.html").is_file()
 
 
 def test_all_that_is_wrong_with_own_questions_is_named_first(tmp_path):
