@@ -30,8 +30,9 @@ import torch
 from tqdm import tqdm
 
 from lib import benchmarks, checkpoint, shard
-from lib.data import DataError, Question, check_pictures, listed
+from lib.data import DataError, check_pictures, listed
 from lib.policy import Policy, Tokens
+from lib.question import Question
 from reward import Scorer, astray, hit, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
 from show import film_strip, stack, write_page
@@ -39,6 +40,9 @@ from tiny.world import World, world_questions
 from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
+# Settings that are as in the training of the weights, if the command does not say otherwise, and
+# what they are for weights of which nothing is noted.
+AS_TRAINED = {"options": 4, "objects": 6, "max_turns": 4, "max_tokens": 64}
 # What a --resume may change. (With another batch, sampled answers are others, but as good.)
 FREE = ("n", "batch", "films", "out", "resume", "device")
 
@@ -58,7 +62,7 @@ def evaluate(policy: Policy, questions: list[Question], scorer: Scorer | None = 
              temperature: float = 0., seed: int = 0, max_turns: int = 4, max_tokens: int = 64,
              batch: int = 64, quiet: bool = True) -> list[Trajectory]:
     """One trajectory per question, in order; temperature 0 is greedy. Images are open only while
-    their batch runs, and their features are not kept."""
+    their batch runs. Of what was seen only the crops are kept, for films."""
     generator = torch.Generator(policy.device).manual_seed(seed)
     trajectories = []
     for start in tqdm(range(0, len(questions), batch), disable=quiet, unit="batch"):
@@ -171,6 +175,12 @@ def read_predictions(out: Path) -> dict[int, dict]:
 
 # ---- the run -------------------------------------------------------------------------------------
 
+def trained_with(model: str) -> dict:
+    """The settings that train.py noted beside the weights; {} for another model."""
+    note = Path(model) / "train.json"
+    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+
+
 def load_questions(args: argparse.Namespace) -> tuple[str, list[Question]]:
     """The benchmark's name, or "", and all its questions. All bad rows and pictures are named
     before the first question is asked (DataError)."""
@@ -189,10 +199,7 @@ def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Questi
     """Its encoder is the frozen model at which training began, as train.py notes it beside the
     weights; else the model itself. Reference crops are of --data, or of the world. (A run on your
     own questions took them from its training file: its scores differ a little.)"""
-    note, base = Path(args.model) / "train.json", args.model
-    if note.is_file():
-        base = json.loads(note.read_text(encoding="utf-8"))["model"]
-    encoder = policy
+    base, encoder = trained_with(args.model).get("model", args.model), policy
     if base != args.model:
         encoder = Policy(base, policy.device, policy.model.dtype)
     return Scorer(encoder, questions[:64] if args.data else None)
@@ -255,10 +262,15 @@ def run(args: argparse.Namespace) -> None:
     # a fast process waits for the slowest, however long that takes
     device = shard.setup(args.device, timeout=30 * 86400)
     with shard.together():
-        name, every = load_questions(args)
-        questions, named = every[:args.n], Path(args.model)
+        named = Path(args.model)
         # from here on, args say what is really used
         args.model = str(checkpoint.newest(named))
+        trained = trained_with(args.model)
+        for setting, usual in AS_TRAINED.items():
+            if getattr(args, setting) is None:
+                setattr(args, setting, trained.get(setting, usual))
+        name, every = load_questions(args)
+        questions = every[:args.n]
         args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
         scorer = None if args.no_score else load_scorer(args, policy, every)
@@ -281,15 +293,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    add, as_trained = parser.add_argument, "default: as in training"
     add("--model", default="tiny", help="a model directory, or a run of train.py")
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
-    add("--options", type=int, default=4, help="of the world's mark questions, 0 or 2 to 8")
-    add("--objects", type=int, default=6, help="of a scene of the world, 2 to 16")
+    add("--options", type=int, help=f"of the world's mark questions, 0 or 2 to 8; {as_trained}")
+    add("--objects", type=int, help=f"of a scene of the world, 2 to 16; {as_trained}")
     add("--temperature", type=float, default=0., help="0 is greedy")
-    add("--max_turns", type=int, default=4)
-    add("--max_tokens", type=int, default=64, help="per turn; larger models need a few hundred")
+    add("--max_turns", type=int, help=as_trained)
+    add("--max_tokens", type=int, help=f"a turn; larger models need some hundreds; {as_trained}")
     add("--batch", type=int, help="questions asked side by side; default: 64, benchmarks 8")
     add("--seed", type=int, default=0, help="of sampling")
     add("--no_score", action="store_true", help="no semantic scores: no second model is loaded")
@@ -300,7 +312,7 @@ def main() -> None:
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--coordinates", choices=["pixels", "1000"],
         help="of boxes: pixels of the overview, or thousandths of its sides; default: as "
-             "agent.json beside the model says, else pixels")
+             "agent.json beside the model says, else as its family")
     args = parser.parse_args()
     counts = (args.max_turns, args.max_tokens, args.batch, args.n)
     finite = 0 <= args.temperature < math.inf

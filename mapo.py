@@ -160,7 +160,7 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
 
 def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
-    """w of eq. 4: mask (N, L - 1) of the agent's tokens in the *whole* batch -> the same, sum 1.
+    """w of eq. 4, sum 1: mask (N, L - 1) of the agent's tokens in the *whole* batch -> as mask.
 
     mean "trajectory": every trajectory weighs the same; "token": every token does. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""

@@ -20,6 +20,7 @@ loss on the objects of its world (docs/build.py). How well a real Qwen scores is
 
 Run it:  python reward.py       # the scores of labels x crops of one image
 """
+import math
 import re
 from typing import Callable
 
@@ -29,13 +30,14 @@ from PIL import Image
 from torch import Tensor
 
 from lib import benchmarks
-from lib.data import Question, choose, holds, normalise, shows
 from lib.policy import Policy, Tokens, distinct
+from lib.question import Question, choose, holds, normalise, shows
 from rollout import Trajectory, Turn
 from tiny.world import World, world_questions
 from tools import ZOOM, Call, fit, run_tool
 
 SHARPNESS, THRESHOLD = 1.5, 2.0   # of eq. 10
+REFERENCES = 128                  # crops that a label is contrasted with, at least
 
 
 # ---- outcome -------------------------------------------------------------------------------------
@@ -60,14 +62,15 @@ class Scorer:
     """Eq. 8 to 10 with a frozen policy as the encoder."""
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None):
-        """Reference crops are cut at random from these questions' images, two an image, with sides
-        of 1/8 to 1/2 of it: they need no annotation. None: 64 questions of the embedded world,
-        from the millionth on, which no run trains on."""
+        """REFERENCES crops are cut at random from these questions' images, with sides of 1/8 to 1/2
+        of them: they need no annotation. None: 64 questions of the embedded world, from the
+        millionth on, which no run trains on."""
         self.policy = policy
         rng, crops = np.random.default_rng(0), []
-        for question in questions or world_questions(World(), 0, "train", 10**6, 64):
+        questions = questions or world_questions(World(), 0, "train", 10**6, 64)
+        for question in questions:
             image = question.open()
-            for _ in range(2):
+            for _ in range(math.ceil(REFERENCES / len(questions))):
                 crops.append(random_crop(policy, image, rng))
         self.references = policy.embed(policy.encode_images(crops))     # (K, D)
 
@@ -87,10 +90,14 @@ class Scorer:
 
     def embed_labels(self, labels: list[str]) -> Tensor:
         """(N, D), in a form that neither case nor an article changes; equal ones embedded once."""
-        keys = [re.sub(r"^(the|a|an) ", "", label.lower()) for label in labels]
+        keys = [plain(label) for label in labels]
         different = sorted(set(keys))
         embedded = self.policy.embed([f"the {key}" for key in different])
         return embedded[[different.index(key) for key in keys]]
+
+
+def plain(label: str) -> str:
+    return re.sub(r"^(the|a|an) ", "", label.lower())
 
 
 def random_crop(policy: Policy, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -135,7 +142,8 @@ def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
 def astray(turn: Turn, question: Question) -> bool:
     """The crop holds no object that the label names. A label that names none is astray, too."""
     label = turn.call.label.lower()
-    named = [box for name, box in question.objects.items() if name.lower() in label]
+    named = [box for name, box in question.objects.items()
+             if re.search(rf"(?<!\w){re.escape(plain(name))}(?!\w)", label)]     # whole words
     return not any(holds(turn.box, box) for box in named)
 
 

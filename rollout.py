@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from lib.data import Question
 from lib.graph import GraphSession
 from lib.policy import Policy, Tokens
+from lib.question import Question
 from lib.sampler import Session
 from tiny.world import World, world_question
 from tools import Answer, Call, ToolError, fit, parse, run_tool
@@ -68,7 +68,7 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
     """`group` trajectories of each question, in the questions' order: [q0, q0, .., q1, q1, ..].
 
     max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
-    temperature 0 is greedy. Whatever the agent writes, this raises nothing. Raises ValueError for a
+    temperature 0 is greedy. No text of the agent makes this raise. It raises ValueError for a
     question that is longer than the model's positions, or probabilities that are not finite."""
     images, prompts, trajectories = begin(policy, questions, group)
     kind = GraphSession if policy.device.type == "cuda" else Session      # the same up to rounding
@@ -85,7 +85,7 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
             break
         if len(kept) < len(ids):
             session.keep(kept)
-        see(policy, trajectories, active, group)
+        encode_crops(policy, trajectories, active, group)
         session.append([observe(policy, trajectories[i]) for i in active])
     return trajectories
 
@@ -153,7 +153,8 @@ def act(policy: Policy, trajectory: Trajectory, turn: Turn, image: Image.Image |
             trajectory.end = "max_turns"
 
 
-def see(policy: Policy, trajectories: list[Trajectory], active: list[int], group: int) -> None:
+def encode_crops(policy: Policy, trajectories: list[Trajectory], active: list[int], group: int
+                 ) -> None:
     """Encode the crops of the latest turns. Trajectories of one question that made the same call,
     tool and arguments alike, share one crop: it is encoded once."""
     places, crops = {}, {}

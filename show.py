@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib import benchmarks, page
 from lib.checkpoint import newest
-from lib.data import DataError, Question
+from lib.data import DataError
 from lib.policy import Policy
+from lib.question import Question
 from rollout import Trajectory, collect
 from tiny.world import World, world_question
 
@@ -101,7 +102,7 @@ def transcript(policy: Policy, trajectory: Trajectory) -> str:
 # ---- the page of runs ----------------------------------------------------------------------------
 
 def write_page(folders: list[str | Path]) -> Path:
-    """One page of the runs, in the first one's folder. train.py calls this while it runs."""
+    """One page of the runs, in the first one's folder. A run calls this itself, while it goes."""
     folders, runs, pictures = [Path(folder) for folder in folders], [], {}
     names = {folder.resolve().name for folder in folders}
     for folder in folders:
@@ -180,32 +181,6 @@ def tell_one(view: dict) -> str:
     luck = ", by luck: evidence was not shown, or not close enough to read" if view["lucky"] else ""
     verdict = f"right{luck}" if view["correct"] else f"wrong, right is {view['right']}"
     return "\n".join([*lines, f"  answer: {view['answer'] or view['end']}: {verdict}"])
-
-
-def closing(folder: Path) -> str:
-    """A finished run in a few lines: what training changed, and where things lie."""
-    rows = [row for row in page.read_results(folder) if row["category"] == "all"]
-    found = {(row["when"], row["how"]): row for row in rows}
-    lines = [f"\n{folder}"]
-    if rows:
-        lines.append(f"  {rows[0]['n']:.0f} held-out questions".ljust(26) + f"{'greedy':28}sampled")
-        for name in ("accuracy", "hit", "gap", "calls", "semantic"):
-            greedy, sampled = (change(found, how, name) for how in ("greedy", "sampled"))
-            lines.append(f"    {name:22}{greedy:28}{sampled}")
-    places = {"look at it": "page.html", "films before, after": "films.png",
-              "the model": newest(folder).name, "the numbers": "metrics.jsonl"}
-    for what, name in places.items():
-        if (folder / name).exists():
-            lines.append(f"  {what:24}{folder / name}")
-    return "\n".join(lines)
-
-
-def change(found: dict, how: str, name: str) -> str:
-    """Before -> after, and the difference; "-" where nothing is known."""
-    before, after = (found.get((when, how), {}).get(name) for when in ("before", "after"))
-    if before is None or after is None:
-        return "-"
-    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
 
 
 # ---- the command ---------------------------------------------------------------------------------

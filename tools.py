@@ -248,12 +248,12 @@ def run_tool(image: Image.Image, call: Call, space: tuple[int, int],
     return fit(shown, resolution.crop()), box
 
 
-def zoom_call(label: str, box: tuple | list, gap: str = "") -> str:
+def zoom_call(label: str, box: tuple | list, edge: str = "") -> str:
     """A call of the zoom tool as an agent writes it: say, then look. Qwen's own models write a
-    line break (gap) inside the tags; tiny/ does not, and `parse` reads both."""
+    line break (edge) inside the tags; tiny/ does not, and `parse` reads both."""
     arguments = {"label": label, "bbox_2d": list(box)}
     call = json.dumps({"name": ZOOM, "arguments": arguments})
-    return f"<tool_call>{gap}{call}{gap}</tool_call>"
+    return f"<tool_call>{edge}{call}{edge}</tool_call>"
 
 
 def system_prompt(coordinates: str = "pixels") -> str:
@@ -271,7 +271,7 @@ def system_prompt(coordinates: str = "pixels") -> str:
             "parameters": {"type": "object", "required": list(properties),
                            "properties": properties}}}))
     tools = "\n".join(schemas).replace("{unit}", units[coordinates])
-    example = zoom_call("the red sign", [10, 40, 90, 120], gap="\n")
+    example = zoom_call("the red sign", [10, 40, 90, 120], edge="\n")
     return f"""You are a careful visual agent. \
 Details may be too small to see at first: zoom in before you answer.
 

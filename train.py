@@ -1,7 +1,7 @@
 """Train an agent that looks: roll out, score, advantage, accumulate, step.
 
 What it teaches: the whole loop of agentic RL on one screen, nothing hidden in a framework. `train`
-is the loop; its lines are named steps, defined below. The method is
+is the loop; its lines are named steps. The method is
 
     roll out     `group` trajectories of each of `questions` questions, and the semantic
                  score s of every look                    (rollout.py, reward.py)
@@ -11,8 +11,9 @@ is the loop; its lines are named steps, defined below. The method is
 
 DAPO draws again where a group has no signal, and PPO has a critic instead of the group; both are
 rows of mapo.ALGORITHMS. The vision tower is frozen, so that an image is encoded once and serves
-sampling, training and the semantic score. What a run tells while it goes is in lib/report.py. Left
-out: a KL penalty (kl, to the policy that sampled, is only measured), and asynchronous sampling.
+sampling, training and the semantic score. What a run tells (judge, watch, log, compare) is in
+report.py. Left out: a KL penalty (kl, to the policy that sampled, is only measured), and
+asynchronous sampling.
 
 Run it:  python train.py                              # MAPO on the embedded agent
          python train.py --beta 0                     # without the semantic score: GSPO, clip 10
@@ -43,19 +44,20 @@ import mapo
 from lib import checkpoint, shard
 from lib.batches import micro_batches, pad, spread
 from lib.critic import Critic, payments
-from lib.data import DataError, Question, check_pictures, listed, read_jsonl
+from lib.data import DataError, check_pictures, listed, read_jsonl
 from lib.policy import Policy, not_finite
-from lib.report import judge, log, no_bar, peak_mb, report, show_page, watch
+from lib.question import Question
+from report import closing, compare, judge, log, no_bar, peak_mb, show_page, watch
 from reward import Scorer, measure, rewards, score_looks
 from rollout import Trajectory, collect
-from show import closing
 from tiny.world import World, world_questions
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
-def option(default, text: str):
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text: str, **more):
+    """more: what else argparse takes, such as `choices`."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -63,11 +65,11 @@ class Config:
     """Every field is a command-line option of the same name."""
     model: str = option("tiny", "model directory, or a run: where training starts; it also scores")
     out: str = option("", "the run's folder; default: runs/ and what differs from the defaults")
-    algo: str = option("mapo", f"one of {', '.join(mapo.ALGORITHMS)}")
+    algo: str = option("mapo", "the algorithm", choices=list(mapo.ALGORITHMS))
     beta: float = option(None, "weight of the semantic score; None: the algorithm's")
     lam: float = option(.95, "discount of earlier looks in the trajectory's score")
-    credit: str = option(None, "trajectory, look or aim: which turns the score pays; None: the "
-                               "algorithm's")
+    credit: str = option(None, "which turns the score pays; None: the algorithm's",
+                         choices=mapo.CREDITS)
     steps: int = option(30, "batches of trajectories")
     questions: int = option(8, "questions a step")
     group: int = option(8, "trajectories a question")
@@ -89,12 +91,14 @@ class Config:
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of questions and sampling")
     device: str = option("cpu", "cpu or cuda")
-    dtype: str = option("float32", "of the weights, float32 or bfloat16; the optimiser is float32")
-    coordinates: str = option("", "of boxes: pixels or 1000 (thousandths); default: as agent.json "
-                                  "beside the model says, else pixels")
+    dtype: str = option("float32", "of the weights; the optimiser's are float32",
+                        choices=("float32", "bfloat16"))
+    coordinates: str = option("", "of boxes: pixels, or thousandths of a side; default: as "
+                                  "agent.json beside the model says, else as its family",
+                              choices=("pixels", "1000"))
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
-    quiet: bool = option(False, "no progress and no tables: the closing summary, and a collapse")
+    quiet: bool = option(False, "print the closing summary and collapses alone")
 
     def __post_init__(self):
         row = mapo.ALGORITHMS.get(self.algo, mapo.Algorithm())
@@ -112,14 +116,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+        parser.add_argument(f"--{f.name}", default=f.default, **kind, **f.metadata)
     config = Config(**vars(parser.parse_args(arguments)))
-    allowed = {"algo": tuple(mapo.ALGORITHMS), "credit": mapo.CREDITS,
-               "dtype": ("float32", "bfloat16"), "coordinates": ("", "pixels", "1000")}
-    for name, values in allowed.items():
-        if getattr(config, name) not in values:
-            expected = ", ".join(value for value in values if value)
-            parser.error(f"--{name}: expected one of {expected}; found {getattr(config, name)!r}")
     least = {"steps": 1, "questions": 1, "group": 2, "updates": 1, "max_turns": 1, "max_tokens": 1,
              "save_every": 1}                      # a group of one has no baseline
     for name, value in least.items():
@@ -156,21 +154,21 @@ def run_name(config: Config) -> str:
 def train(config: Config) -> dict:
     """Run the whole training; returns the last step's metrics."""
     run, metrics = prepare(config), {}
-    before = judge(run, run.base)
+    before = judge(run, run.base)                             # held-out questions, if there are any
     if run.first == 0:
-        watch(run, 0)
+        watch(run, 0)                                         # a handful of them
     bar = tqdm(range(run.first, config.steps), config.algo, initial=run.first, total=config.steps,
                dynamic_ncols=True, disable=no_bar(config))
     with checkpoint.signals_noted() as stopped:               # Ctrl-C finishes the step
         for step in bar:
             began = time.time()
             with shard.together():
-                trajectories, sampled = roll_out(run, step)            # with outcomes and scores
+                trajectories, sampled = roll_out(run, step)            # with semantic scores
             rolled = time.time()
             advantage = token_advantages(run, trajectories)            # (N, L - 1)
             batch = to_batch(trajectories, advantage, run.algorithm)
             updates = []
-            for _ in range(config.updates):
+            for _ in range(config.updates):   # in the first all ratios are 1: nothing is clipped
                 totals = accumulate(run.policy, run.optimiser, batch, run.algorithm, config)
                 updates.append(take_step(run, batch, totals, step))
             metrics = measured(run, step, sampled, updates, began, rolled)
@@ -178,7 +176,7 @@ def train(config: Config) -> dict:
             del trajectories, sampled, batch  # their features must not lie beside the next step's
             save_if_due(run, step, stopped())
     if run.tests:
-        report(run, before, judge(run, run.policy))
+        compare(run, before, judge(run, run.policy))
         show_page(run)
     if shard.rank() == 0:
         print(closing(run.out))
@@ -245,8 +243,11 @@ def prepare(config: Config) -> Run:
             checkpoint.lock(out)
             for name in ("metrics.jsonl", "trajectories.jsonl", "watched.jsonl"):
                 checkpoint.keep_lines(out / name, run.first if saved else -1)      # -1: none
-            if out != Path(config.out):
-                print(f"the run's folder is {out}" + ("" if saved else f": {config.out} holds one"))
+            (out / "results.json").unlink(missing_ok=True)        # of the weights that were last
+            if saved:
+                print(f"going on from {saved}")
+            elif out != Path(config.out):
+                print(f"the run's folder is {out}: {config.out} holds one")
     return run
 
 
@@ -318,7 +319,7 @@ def roll_out(run: Run, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
 
 
 def sample(run: Run, questions: list[Question], count: int) -> list[Trajectory]:
-    """A group for each of this rank's first `count` questions."""
+    """A group for each of this rank's first `count` questions; its looks are scored."""
     mine, config = questions[shard.rank()::shard.ranks()][:count], run.config
     trajectories = collect(run.policy, mine, config.group, config.max_turns, config.max_tokens,
                            config.temperature, run.generator)
@@ -453,6 +454,8 @@ def take_step(run: Run, batch: Batch, totals: dict[str, float], step: int) -> di
     return stats
 
 
+# ---- measure -------------------------------------------------------------------------------------
+
 def measured(run: Run, step: int, sampled: list[Trajectory], updates: list[dict], began: float,
              rolled: float) -> dict:
     """The numbers of a step, over all ranks (docs/run.md). Those of an update are of the last one,
@@ -476,6 +479,9 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     config, done = run.config, step + 1
     stop = shard.all_sum(stopped, "MAX")
     due = stop or done % config.save_every == 0 or done == config.steps
+    if run.diverged and done == config.steps:
+        raise ValueError(f"step {done}: the last gradient is not finite, so nothing is saved or "
+                         f"judged; {checkpoint.newest(run.out)} is the last good one; lower --lr")
     if due and not run.diverged:
         watch(run, done)
         checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))

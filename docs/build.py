@@ -40,8 +40,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForCondi
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from lib.batches import pad
-from lib.data import Box, Question, holds, shows
 from lib.policy import Policy, Tokens
+from lib.question import Box, Question, holds, shows
 from lib.shard import ShardedAdamW, agree, launch, rank, ranks, setup
 from tiny.world import (BLOCK, CANVAS, CLUTTER, COLOURS, GRID, MARKS, SHAPES, Thing, World, bars,
                         ground, sprite, world_question)

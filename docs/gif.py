@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from eval import restore
 from lib import page
-from lib.data import Question
+from lib.question import Question
 from rollout import Trajectory
 from show import SIDE, film_strip, find_questions, stack
 

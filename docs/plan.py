@@ -40,7 +40,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib.data import DataError, read_jsonl
 from lib.policy import read_config
-from lib.report import side_by_side
+from report import side_by_side
 from tiny.world import world_questions
 from tools import Resolution, system_prompt
 from train import Config, parse_config, world_of

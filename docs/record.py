@@ -23,7 +23,7 @@ RESULTS, RUNS = ROOT / "docs/experiments.jsonl", ROOT / "runs/experiments"
 TRAIN, JUDGE = "train.py", "docs/record.py"
 SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "tiny/world.py",
                 "lib/policy.py", "lib/sampler.py", "lib/batches.py", "lib/critic.py",
-                "lib/shard.py", "lib/data.py", "lib/labels.py", "lib/report.py")
+                "lib/shard.py", "lib/question.py", "lib/data.py", "lib/labels.py", "report.py")
 # The present code computes what the recorded one did: in five short runs of both (grpo, gspo, dapo,
 # dr_grpo, ppo; all credits) all metrics, trajectories and weights were equal.
 EQUAL = {"2dfb9d05": "7252fb04"}
@@ -142,9 +142,9 @@ def numbers(out: Path) -> dict:
 def judge(options: list[str]) -> None:
     """Ask the newest weights of a run the held-out questions, as train.py asks them; results.json.
     (train.py would also ask the start, the same in each run: that takes a fifth of a run.)"""
+    import report
     import train as training
     from eval import summary
-    from lib import report
     from lib.checkpoint import newest
     from lib.policy import Policy
     from reward import Scorer

@@ -42,9 +42,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from lib import benchmarks, checkpoint
-from lib.data import FORMATS, DataError, Question, check_pictures
+from lib.data import FORMATS, DataError, check_pictures
 from lib.labels import MAX_LABEL_CHARS
 from lib.policy import Policy
+from lib.question import Question
 from rollout import collect
 from tiny.world import World, world_question
 from tools import (MAX_ANSWER_CHARS, MAX_ASPECT, MIN_SIDE, Answer, Call, ToolError, parse,
@@ -69,7 +70,7 @@ PIECES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</
           '"name": "image_zoom_in_tool"', '"arguments": {', '"label": "red sign"', '"label": ""',
           '"bbox_2d": [10, 20, 50, 60]', '"bbox_2d": [9, 9, 1, 1]', "<|im_end|>", "<|image_pad|>"]
 TURNS = ["<think>look</think>" + zoom_call("the red sign", (10, 20, 50, 60)),
-         "<think>so</think><answer>(B)</answer>", zoom_call("a cup", (0, 0, 96, 72), gap="\n")]
+         "<think>so</think><answer>(B)</answer>", zoom_call("a cup", (0, 0, 96, 72), edge="\n")]
 
 LETTERS = [*"object image", *"оbjесt іmаgе", "red ", "the ", "<", "\u2039", "\u0301", "\u200b",
            "\ud800", "\ufdfa", "7", *map(chr, range(0, 0x30000, 4097))]

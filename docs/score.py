@@ -23,8 +23,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from lib.data import holds
 from lib.policy import Policy
+from lib.question import holds
 from reward import SHARPNESS, THRESHOLD, Scorer, astray, crop_at
 from rollout import Turn, collect
 from tiny.world import World, world_questions

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from lib.benchmarks import chosen, chosen_by_us
-from lib.data import Question
+from lib.question import Question
 
 PAGE = ROOT / "docs/scoring.md"
 COLOURS = ("black", "green", "red", "white")

@@ -29,8 +29,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import BinaryIO
 
-from lib.data import (DataError, Question, choose, describe, expect, is_text, listed, normalise,
-                      noted, opener, read_jsonl)
+from lib.data import DataError, describe, expect, is_text, listed, noted, opener, read_jsonl
+from lib.question import Question, choose, normalise
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ["index", "image", "question", "answer", "category"]

@@ -7,8 +7,8 @@ the steps since the last checkpoint.
 
 What it teaches: a run can be killed at any moment. A checkpoint is written aside, and gets its name
 when it is complete and on the disk; only then does the older one go. What a run needs to go on
-*bit for bit*: the weights in float32 (the optimiser's masters), Adam's moments, and the state of
-every random stream. A folder belongs to one process at a time (`lock`).
+*bit for bit*: the weights in float32 (the optimiser's masters), Adam's moments, how many steps
+were done, and the state of every random stream. A folder belongs to one process at a time (`lock`).
 
 Run it:  python -m lib.checkpoint runs/mapo        # the files of a run's newest checkpoint
 """

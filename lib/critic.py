@@ -119,8 +119,8 @@ class Critic:
                 loss.backward()
                 total += loss.item()
             self.optimiser.finish_micro_batch()
-        self.optimiser.clip(grad_clip)
-        self.optimiser.step(lr)
+        if math.isfinite(self.optimiser.clip(grad_clip)):
+            self.optimiser.step(lr)
         return shard.all_sum(total)
 
 

@@ -1,19 +1,15 @@
-"""Questions about images: what one is, when its evidence is seen, and how a file of them is read.
+"""Files of questions about images: read them, check them, write them.
 
-What it teaches: what a look and an answer are judged by.
+What it teaches: what is wrong with a line is said before a run begins, not after an hour: which
+file, line and field, what was found and what was expected.
 
-- *Was the evidence seen?* A crop `holds` a box of evidence if two thirds of the box lie inside.
-  It `shows` the box if it is also close enough to read it.
-- *What does the answer name?* An option is named by its text, by its letter, or by both (`choose`).
-
-Your own questions stand in a .jsonl file, one object a line (broken here):
+Your own questions (lib/question.py) stand in a .jsonl file, one object a line (broken here):
 
     {"image": "a.png", "question": "What is on the sign?", "answer": "42", "choices": ["42", "17"],
      "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}
 
 Only image, question and answer are needed. The image is a path relative to the file. Boxes are
-[x1, y1, x2, y2] in pixels of the original image. What is wrong with a line is said before a run
-begins.
+[x1, y1, x2, y2] in pixels of the original image.
 
 Run it:  python -m lib.data runs/world/questions.jsonl  # a summary; `python -m tiny.world` makes it
 """
@@ -26,18 +22,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from lib.question import Box, Question, choose, normalise
 from tools import MAX_IMAGE_ASPECT
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 2**28                       # of a picture; 2^28 are 800 MB in memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS      # Pillow's own limit, which only warns, is lower
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
 
 NEEDED = ("image", "question", "answer")                      # fields of a line ..
 OPTIONAL = ("choices", "category", "boxes", "objects", "id")
@@ -46,91 +41,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")                     # half a character
 
 class DataError(ValueError):
     """A question that cannot be read: which file, line and field, what was found and expected."""
-
-
-@dataclass
-class Question:
-    """One question about one image. `open()` loads the image; a list of questions holds none."""
-    text: str
-    answer: str
-    open: Callable[..., Image.Image] = field(repr=False)
-    choices: tuple[str, ...] = ()  # empty: an open question
-    category: str = ""
-    boxes: tuple[Box, ...] = ()    # all of them must be seen to know the answer; () = unknown
-    objects: dict[str, Box] = field(default_factory=dict)  # by name, where; {} = unknown
-    marks: dict[str, str] = field(default_factory=dict)    # what each carries (tiny/world.py)
-    id: str = ""
-    benchmark: str = ""            # the name of the benchmark that it is of
-    cycle: str = ""                # HR-Bench asks it four times, the options in another order
-    where: str = ""                # its file and line, for errors
-
-    @property
-    def prompt(self) -> str:
-        """The text that the agent reads: the question, then lettered options. In a benchmark
-        they stand one a line, as VLMEvalKit asks."""
-        if not self.choices:
-            return self.text
-        lettered = list(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.choices))
-        if self.benchmark:
-            lines = [f"{letter}. {choice}" for letter, choice in lettered]
-            return "\n".join([self.text, "Options:", *lines])
-        options = [f"({letter}) {choice}" for letter, choice in lettered]
-        return f"{self.text}\nOptions: {' '.join(options)}"
-
-
-# ---- when is evidence seen? ----------------------------------------------------------------------
-
-def coverage(box: Box, target: Box) -> float:
-    """Share of the target's area that lies inside the box."""
-    width = min(box[2], target[2]) - max(box[0], target[0])
-    height = min(box[3], target[3]) - max(box[1], target[1])
-    area = (target[2] - target[0]) * (target[3] - target[1])
-    return max(width, 0) * max(height, 0) / area
-
-
-def holds(box: Box, target: Box) -> bool:
-    """The crop contains the target: at least two thirds of it."""
-    return coverage(box, target) >= 2 / 3
-
-
-def shows(box: Box, target: Box) -> bool:
-    """The crop contains the target and is close enough to read it.
-
-    Close enough: its longest side is at most 2.5 times the target's. A crop keeps a bounded number
-    of pixels, so a wide one is as blurred as the overview (tests/test_world.py)."""
-    return holds(box, target) and longest_side(box) <= 2.5 * longest_side(target)
-
-
-def longest_side(box: Box) -> float:
-    return max(box[2] - box[0], box[3] - box[1])
-
-
-# ---- what does an answer name? -------------------------------------------------------------------
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, without punctuation that is no part of a word.
-
-    A text of signs alone stays as it is: "<5" is not ">5", and "+" is not "-"."""
-    words = re.findall(r"[\w.%<>+#$-]*\w[\w%+#]*", text.lower())
-    return " ".join(words) or text.strip()
-
-
-def choose(answer: str, choices: tuple[str, ...]) -> int | None:
-    """The index of the option that an answer names, or None.
-
-    It may give the option's text, its letter ("B", "(b)", "B."), or its letter and its text. A
-    letter somewhere in a sentence names nothing."""
-    texts = [normalise(choice) for choice in choices]
-    said = normalise(answer)
-    if said in texts:
-        return texts.index(said)
-    match = re.fullmatch(r"\s*\(?([A-Za-z])[).:]?\s*(.*?)\s*", answer, re.DOTALL)
-    if match:
-        index = ord(match[1].upper()) - ord("A")
-        rest = normalise(match[2])
-        if index < len(choices) and rest in ("", texts[index]):
-            return index
-    return None
 
 
 # ---- files of questions --------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class GraphSession(Session):
         ids = [tokens.ids[0] if tokens.ids else self.policy.end_id for tokens in batch]
         columns = [self.filled] * len(batch)
         self.fed.copy_(torch.tensor([ids, self.next, real, columns]))
-        self.replay = self.replay or record(self.step, self.mask.device)
+        self.replay = self.replay or recorded(self.step, self.mask.device)
         self.last = self.replay()
         self.next = [position + new for position, new in zip(self.next, real)]
         self.filled += 1
@@ -98,7 +98,7 @@ class Fixed(DynamicLayer):
         return self.keys, self.values
 
 
-def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """A function that does what the step does, by a graph; its result is one tensor, written anew
     each time. On a CPU it is the step."""
     if device.type != "cuda":

@@ -63,11 +63,10 @@ def fault(label: str) -> tuple[str, str] | None:
 
 
 def is_vague(words: list[str]) -> bool:
-    """Only words of VAGUE, even disguised ("0bjéct") or in pieces (without its vague word "the",
-    "the ob ject" is "object")."""
+    """Only words of VAGUE, even disguised ("0bjéct") or in pieces ("the ob ject")."""
     vague = {fold(word) for word in VAGUE}
     left = fold("".join(word for word in words if fold(word) not in vague))
-    parts = "|".join(word for word in vague if len(word) > 2)   # "inbox" is not in pieces
+    parts = "|".join(word for word in vague if len(word) > 2)   # else "inbox" were "in", "box"
     return re.fullmatch(f"({parts})*", left) is not None
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 from lib.checkpoint import newest
-from lib.data import DataError, Question
+from lib.data import DataError
+from lib.question import Question
 from tools import TOOLS, ToolError
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -61,7 +61,8 @@ class Policy:
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
                  coordinates: str | None = None):
         """coordinates: the units of the agent's boxes. "pixels": of the image that it sees
-        (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says."""
+        (Qwen2.5-VL). "1000": thousandths of its sides (Qwen3-VL). None: as agent.json says, else
+        as the model's family has them."""
         config = read_config(path)
         self.tokenizer, self.processor, model = read_model(path, dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
@@ -74,7 +75,8 @@ class Policy:
 
         note = Path(path) / "agent.json"  # how an agent of ours was taught to speak
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        self.coordinates = coordinates or agent.get("coordinates", "pixels")
+        usual = "1000" if config.model_type.startswith("qwen3_vl") else "pixels"
+        self.coordinates = coordinates or agent.get("coordinates", usual)
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
 
         words = self.tokenizer.get_added_vocab()
@@ -150,13 +152,13 @@ class Policy:
     # ---- Tokens -> hidden states
 
     def hidden(self, batch: list[Tokens], starts: list[int] | None = None,
-               past: Tensor | None = None, cache: Cache | None = None
+               real: Tensor | None = None, cache: Cache | None = None
                ) -> tuple[Tensor, Tensor, list[int]]:
         """The language model over rows of tokens, padded at their ends.
 
         Returns the last hidden states (B, L, D), which columns are real (B, P + L), and each row's
         next free position. A cache that is given gets L more columns. If it held P columns before,
-        `past` (B, P) says which of them are real, and `starts` where positions go on."""
+        `real` (B, P) says which of them are no padding, and `starts` where positions go on."""
         positions, ends = [], []
         for tokens, start in zip(batch, starts or [0] * len(batch)):
             row, end = mrope_positions(tokens.ids, tokens.grids, self.image_id, start)
@@ -172,8 +174,8 @@ class Policy:
         # Then e, f g come   a b c . e .  Now padding stands in between, and the mask must say which
         #                    d . . . f g  columns are real.
         attended = None
-        if past is not None:
-            mask = torch.cat([past, mask], 1)
+        if real is not None:
+            mask = torch.cat([real, mask], 1)
             attended = causal(mask, ids.shape[1])
         output = self.language(inputs_embeds=embeddings, attention_mask=attended,
                                position_ids=positions, past_key_values=cache,
@@ -211,7 +213,7 @@ class Policy:
         shared, which = distinct(prompts)
         openings = [Tokens(p.ids[:-1], p.grids, p.features) for p in shared]
         once = Cache(layer_class_to_replicate=FirstKept)       # a FirstKept() for each layer
-        _, past, ends = self.hidden(openings, cache=once)      # past: real columns; ends: positions
+        _, real, ends = self.hidden(openings, cache=once)      # real columns; next positions
 
         rows = torch.tensor(which, device=self.device)
         layers = []
@@ -224,7 +226,7 @@ class Policy:
             rests.append(Tokens(tokens.ids[length - 1:], tokens.grids[images:],
                                 tokens.features[images:]))
         starts = [ends[i] for i in which]
-        return self.hidden(rests, starts, past[rows], Cache(layers=layers))[0]
+        return self.hidden(rests, starts, real[rows], Cache(layers=layers))[0]
 
     # ---- hidden states -> the one distribution
 
@@ -237,8 +239,8 @@ class Policy:
         """The states in which the agent chose its tokens, which are those where a mask is true.
 
         Returns the states (n, D), row by row, and where they belong, own (B, L - 1): column t
-        speaks of token t + 1. `prompts`: how each row begins (mask false); then hidden_after leaves
-        out a row's first states, as many as `skipped` says."""
+        speaks of token t + 1. `prompts`: how each row begins (mask false). Then hidden_after gives
+        no states of a prompt but its last one: it skips len(prompt) - 1 of them."""
         if prompts:
             states = self.hidden_after(batch, prompts)
             skipped = [len(prompt.ids) - 1 for prompt in prompts]
@@ -446,9 +448,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     A token's V log-probabilities are more numbers than all else of it, and autograd would keep
     several copies. Here they exist for `chunk` tokens at a time, once forward and once backward.
-    So the gradient is written by hand; p are the probabilities, y is the token:
+    So the gradient is written by hand; logits = W h / T, p are the probabilities, y is the token:
 
-        d log pi(y) / d logits = (1 at y) - p
+        d log pi(y) / d logits = (1 at y) - p =: g,  d / d h = g W / T,  d / d W = g^T h / T
     """
 
     @staticmethod

@@ -230,7 +230,7 @@ class ShardedAdamW:
         if ranks() > 1:
             for p in parameters:
                 dist.broadcast(p.detach(), 0)
-        self.buckets = pack(parameters[::-1], bucket)
+        self.buckets = pack(parameters[::-1], bucket)       # backward ends with the first ones
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""
@@ -256,8 +256,8 @@ class ShardedAdamW:
         return all_sum(sum(b.gradient.square().sum().item() for b in self.buckets)) ** .5
 
     def clip(self, limit: float) -> float:
-        """Scale the gradient to at most `limit`; returns the norm it had. Not finite: skip the
-        step, on all ranks alike."""
+        """Scale the gradient to at most `limit`; returns the norm it had. If that is not finite, the
+        caller must skip the step; all ranks see the same norm."""
         norm = self.norm()
         for b in self.buckets:
             b.gradient *= min(1., limit / (norm + 1e-6))

@@ -18,7 +18,8 @@ from PIL import Image
 from conftest import ROOT
 from lib import benchmarks
 from lib.benchmarks import accuracies, chosen_by_us, correct, load
-from lib.data import DataError, Question
+from lib.data import DataError
+from lib.question import Question
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> str:

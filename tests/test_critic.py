@@ -221,6 +221,15 @@ def test_the_critic_learns(batch):
     assert losses[-1] < losses[0]
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_critic_alone(batch):
+    critic, _ = batch.critic(10**9)
+    batch.update(critic)
+    before = critic.head.weight.detach().clone()
+    critic.target[0, :] = math.nan
+    critic.update(batch.weight, lr=1e-2, grad_clip=1.)
+    assert torch.equal(critic.head.weight, before) and before.any()
+
+
 def test_the_demonstration(capsys):
     """gae_lam 1: the reward to go, 1, less V."""
     runpy.run_path(str(ROOT / "lib/critic.py"), run_name="__main__")

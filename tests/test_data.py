@@ -15,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from conftest import ROOT
 from lib import data
-from lib.data import (DataError, Question, check_pictures, choose, coverage, holds, listed,
-                      normalise, read_jsonl, read_picture, read_size, shows, write_jsonl)
+from lib.data import (DataError, check_pictures, listed, read_jsonl, read_picture, read_size,
+                      write_jsonl)
+from lib.question import Question, choose, coverage, holds, normalise, shows
 from tiny.world import World, world_questions
 from tools import MAX_ANSWER_CHARS
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,8 +17,9 @@ from conftest import ROOT
 from eval import (benchmark_table, evaluate, final_answer, read_predictions, record, restore,
                   summary, table, wilson)
 from lib import checkpoint
-from lib.data import Question, write_jsonl
+from lib.data import write_jsonl
 from lib.policy import Policy, Tokens
+from lib.question import Question
 from reward import measure
 from rollout import Trajectory, Turn
 from tiny.world import World, world_questions
@@ -286,6 +288,25 @@ def test_predictions_are_never_overwritten(files, run, tmp_path):
         assert f"saved in {tmp_path / name};" in text
         assert len(read_predictions(tmp_path / name)) == n
     assert [file.read_bytes() for file in sorted(out.iterdir())] == before
+
+
+def test_a_run_is_asked_as_it_was_trained(run, tmp_path):
+    """Its world and its limits, unless the command says otherwise; and the usual ones of others."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "tiny", model, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    trained = {"model": str(ROOT / "tiny"), "objects": 9, "options": 2, "max_tokens": 70}
+    (model / "train.json").write_text(json.dumps(trained))
+    for name, words, expected in (
+            ("as", (), {"objects": 9, "options": 2, "max_turns": 4, "max_tokens": 70}),
+            ("not", ("--options", 8, "--max_tokens", 64), {"options": 8, "max_tokens": 64})):
+        run(tmp_path / name, "--model", model, "--n", 1, *words)
+        settings = json.loads((tmp_path / name / "settings.json").read_text())
+        assert settings | expected == settings
+    assert {len(line["choices"]) for line in read_predictions(tmp_path / "as").values()} == {2}
+    usual = {"objects": 6, "options": 4, "max_turns": 4, "max_tokens": 64}
+    run(tmp_path / "tiny", "--n", 1)
+    settings = json.loads((tmp_path / "tiny" / "settings.json").read_text())
+    assert settings | usual == settings
 
 
 def test_a_killed_runs_newest_checkpoint_is_judged(run, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from PIL import Image
 import rollout
 import tools
 from conftest import ROOT
-from lib.data import Question
 from lib.policy import Tokens
+from lib.question import Question
 from reward import Scorer, score_looks
 from rollout import Trajectory, Turn
 from show import film_strip
@@ -175,7 +175,7 @@ def test_the_rest_follows_by_itself(load, policy, questions, monkeypatch):
         ids = policy.tokens(text).ids
         turn = rollout.write(policy, trajectory, ids, [-1.] * len(ids))
         rollout.act(policy, trajectory, turn, images[0], last=False)
-    rollout.see(policy, trajectories, [0, 1], group=2)
+    rollout.encode_crops(policy, trajectories, [0, 1], group=2)
     for trajectory in trajectories:
         rollout.observe(policy, trajectory)
     score_looks(trajectories, Scorer(policy, questions[:2]))

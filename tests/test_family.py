@@ -111,6 +111,11 @@ def test_semantic_scores(model, sampled):
         assert alone.item() == pytest.approx(turn.score, abs=1e-3)
 
 
+def test_boxes_are_read_as_the_family_gives_them(directories):
+    """These directories have no agent.json."""
+    assert {name: Policy(directories[name]).coordinates for name in FAMILY} == COORDINATES
+
+
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("coordinates", ["pixels", "1000"])
 def test_coordinates(directories, name, coordinates):

@@ -170,8 +170,8 @@ ROWS, PROMPT, TOTAL = 4, 300, 600
 MEASURE = f"""
 import re, sys, torch
 from pathlib import Path
-from lib.policy import Policy, Tokens
 from lib import shard
+from lib.policy import Policy, Tokens
 torch.set_num_threads(1)
 policy = Policy(sys.argv[1])
 optimiser = shard.ShardedAdamW(policy.freeze_vision())

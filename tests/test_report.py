@@ -9,8 +9,8 @@ import pytest
 
 import train as training
 from conftest import ROOT
-from lib.data import Question
-from lib.report import collapse, handful, side_by_side
+from lib.question import Question
+from report import collapse, handful, side_by_side
 
 
 @pytest.mark.parametrize("metrics, words", [
@@ -69,10 +69,11 @@ def test_the_command(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
     def said(folder):
-        return subprocess.run([sys.executable, "-m", "lib.report", str(folder)], cwd=ROOT,
+        return subprocess.run([sys.executable, "report.py", str(folder)], cwd=ROOT,
                               capture_output=True, text=True)
 
-    first, last = said(tmp_path).stdout.splitlines()
+    first, second, *rest = said(tmp_path).stdout.splitlines()
     assert first.startswith("step 1: collapse: the agent has stopped looking")
-    assert last == "step 2: accuracy 0.50  calls 1.00  gap 0.25  semantic 0.75"
+    assert str(tmp_path / "metrics.jsonl") in rest[-1]
+    assert second == "step 2: accuracy 0.50  calls 1.00  gap 0.25  semantic 0.75"
     assert "expected a line a step, of a run of train.py; found none" in said(tmp_path / "x").stderr

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from lib.data import Question, holds
 from lib.policy import Tokens
+from lib.question import Question, holds
 from reward import (SHARPNESS, THRESHOLD, Scorer, astray, crop_at, hit, measure, outcome,
                     rewards, score_looks)
 from rollout import Trajectory, Turn
@@ -64,10 +64,11 @@ def test_score_by_hand():
 
 
 def test_references(policy, scorer, questions):
-    """Two unit vectors an image, of the questions that are given or of 64 others; no chance."""
+    """128 unit vectors or a few more, however few the images are: of the questions that are given,
+    or of 64 others. No chance."""
     own = Scorer(policy, questions[:3]).references
-    assert len(own) == 6 and len(scorer.references) == 128
-    assert torch.allclose(own.norm(dim=1), torch.ones(6), atol=1e-5)
+    assert len(own) == 3 * 43 and len(scorer.references) == 128
+    assert torch.allclose(own.norm(dim=1), torch.ones(129), atol=1e-5)
     assert torch.equal(own, Scorer(policy, questions[:3]).references)
 
 
@@ -203,6 +204,16 @@ def test_all_the_evidence_must_be_seen():
 def test_a_label_that_names_nothing_is_astray():
     told = story("rising", ("the green moon", CLOSE), ("the red circle", CLOSE))
     assert [astray(turn, told.question) for turn in told.looks] == [True, False]
+
+
+def test_a_label_names_whole_words():
+    """"car" is not named by "scarf", nor "red circle" by "coloured circle"; an article of the
+    object's own name does not count."""
+    objects = {"The Number": PLATE, "car": PLATE, "red circle": PLATE, "c++": PLATE}
+    said = {"number on the bus": False, "the scarf": True, "a coloured circle": True,
+            "the car, red": False, "c++ sign": False}
+    told = story("rising", *((label, CLOSE) for label in said), objects=objects)
+    assert [astray(turn, told.question) for turn in told.looks] == list(said.values())
 
 
 def test_unknown_evidence_is_not_counted():

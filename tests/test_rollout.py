@@ -7,7 +7,7 @@ from PIL import Image
 
 import rollout
 from conftest import ROOT
-from lib.data import Question
+from lib.question import Question
 from lib.sampler import Session
 from rollout import collect
 from test_tools import MIRROR, ROTATE, add_tools, rotate_call

@@ -5,7 +5,7 @@ import pytest
 
 from conftest import ROOT
 from lib.benchmarks import chosen, chosen_by_us, correct
-from lib.data import Question
+from lib.question import Question
 
 sys.path.insert(0, str(ROOT / "docs"))
 import scoring

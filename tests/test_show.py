@@ -16,12 +16,13 @@ from PIL import Image
 import show
 from conftest import ROOT
 from eval import record
-from lib.data import Question, write_jsonl
+from lib.data import write_jsonl
 from lib.page import (CROP, CURVES, LONG, MAX_TURNS, OVERVIEW, SHORT, coarse, evenly, keep,
                       read_run)
 from lib.policy import Tokens
+from lib.question import Question
 from rollout import Trajectory, Turn
-from show import FRAME, SIDE, closing, film_strip, find_questions, stack, tell, transcript
+from show import FRAME, SIDE, film_strip, find_questions, stack, tell, transcript
 from show import write_page
 from tiny.world import World, world_question
 from tools import Call

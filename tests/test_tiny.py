@@ -10,8 +10,8 @@ import torch
 
 from conftest import ROOT
 from eval import evaluate
-from lib.data import choose, holds
 from lib.policy import Policy
+from lib.question import choose, holds
 from reward import hit, measure, outcome
 from tiny.world import COLOURS, MARKS, SHAPES, World, world_questions
 from tools import Answer, Call, fit, parse

@@ -385,7 +385,7 @@ def test_a_new_run_leaves_the_old_one_alone(finished, tmp_path, capsys):
     train(small(old, seed=1))
     assert f"the run's folder is {new}: {old} holds one" in capsys.readouterr().out
     train(small(old, seed=1, steps=2, resume=True))
-    assert f"the run's folder is {new}\n" in capsys.readouterr().out
+    assert f"going on from {new / 'step-000001'}\n" in capsys.readouterr().out
     assert [line["step"] for line in metrics_of(new)] == [1, 2]
     assert files_of(old) == before
 
@@ -515,10 +515,10 @@ def test_default_beta_and_credit_are_the_algorithms():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--algo", "reinforce"], "--algo: expected one of mapo, grpo, dr_grpo, dapo, gspo, ppo; "),
-    (["--credit", "turn"], "--credit: expected one of trajectory, look, aim; found 'turn'"),
-    (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16; found 'int8'"),
-    (["--coordinates", "cm"], "--coordinates: expected one of pixels, 1000; found 'cm'"),
+    (["--algo", "reinforce"], "--algo: invalid choice: 'reinforce' (choose from 'mapo', 'grpo',"),
+    (["--credit", "turn"], "'turn' (choose from 'trajectory', 'look', 'aim')"),
+    (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    (["--coordinates", "cm"], "'cm' (choose from 'pixels', '1000')"),
     (["--group", "1"], "--group: expected at least 2, found 1"),
     (["--steps", "0"], "--steps: expected at least 1, found 0"),
     (["--save_every", "0"], "--save_every: expected at least 1, found 0"),
@@ -586,6 +586,31 @@ def test_a_step_that_is_too_large_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="are not finite.*lower --lr"):
         main(monkeypatch, *words.split(), "--out", str(tmp_path / "wild"))
     assert checkpoint.checkpoints(tmp_path / "wild") == []
+
+
+def test_a_run_that_ends_in_a_bad_gradient_says_so(tmp_path, monkeypatch):
+    """Its last weights are not saved, so they are not judged either."""
+    def accumulate(policy, optimiser, *rest):
+        totals = original(policy, optimiser, *rest)
+        if (tmp_path / "run/metrics.jsonl").is_file():    # from step 2 on
+            optimiser.buckets[0].gradient[0] = math.nan
+        return totals
+
+    original = training.accumulate
+    monkeypatch.setattr(training, "accumulate", accumulate)
+    words = "step 2: the last gradient is not finite, .*step-000001 is the last good one"
+    with pytest.raises(ValueError, match=words):
+        train(small(tmp_path / "run", steps=2, save_every=1, updates=1, eval_questions=2))
+    assert checkpoint.newest(tmp_path / "run").name == "step-000001"
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_a_resumed_run_has_no_results_of_older_weights(tmp_path):
+    out = tmp_path / "run"
+    train(small(out, eval_questions=2))
+    assert (out / "results.json").is_file()
+    training.prepare(small(out, eval_questions=2, steps=2, resume=True))
+    assert not (out / "results.json").exists()
 
 
 def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch):

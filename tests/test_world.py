@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data import DataError, Question, shows
+from lib.data import DataError
+from lib.question import Question, shows
 from tiny.world import (BLOCK, CANVAS, CATEGORIES, COLOURS, DARK, LARGE, LIGHT, MARKS, SHAPES,
                         SMALL, STREAMS, Thing, World, draw_scene, mark_pixels, world_question,
                         world_questions)

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from lib.data import Box, DataError, Question, write_jsonl
+from lib.data import DataError, write_jsonl
+from lib.question import Box, Question
 
 CANVAS = 768           # side of the canvas in pixels
 BLOCK = 8              # side of the square that one overview pixel averages
@@ -200,7 +201,7 @@ def other_marks(mark: str, rng: np.random.Generator) -> list[str]:
 
 def wrong_pairs(first: str, second: str, rng: np.random.Generator) -> list[str]:
     """Wrong options of a comparison. They share halves with the right one, and with one another,
-    so that one look does not settle the question."""
+    so that one look does not settle the question (of two options it may)."""
     a, b, *_ = other_marks(first, rng)
     c, d, *_ = other_marks(second, rng)
     pairs = [(first, c), (a, second)]

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from datasets import Dataset, Features, Image, List, Value, disable_progress_bars, load_from_disk
 from PIL import Image as Pillow
 
-from lib.data import DataError, Question, expect, read_jsonl, write_jsonl
+from lib.data import DataError, expect, read_jsonl, write_jsonl
+from lib.question import Question
 from tiny.world import World, world_questions
 from tools import system_prompt
 

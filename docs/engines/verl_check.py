@@ -39,8 +39,8 @@ from verl.workers.rollout.replica import TokenOutput
 import mapo
 import verl_mapo
 from lib.batches import spread
-from lib.data import Question
 from lib.policy import Policy, Tokens
+from lib.question import Question
 from lib.sampler import Session
 from reward import rewards, score_looks
 from rollout import Trajectory, collect

@@ -49,9 +49,10 @@ from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.trainer.ppo.core_algos import register_adv_est
 
 import mapo
-from lib.data import Question, read_jsonl
+from lib.data import read_jsonl
 from lib.labels import MAX_LABEL_WORDS
 from lib.policy import Policy
+from lib.question import Question
 from reward import Scorer, outcome
 from tools import TOOLS, ZOOM, Answer, ToolError, parse, run_tool
 

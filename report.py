@@ -6,11 +6,12 @@ What it teaches: which numbers to watch while an agent trains, and when one of t
     collapse  what went wrong, in words
     judge     the held-out questions, answered greedily and sampled: before training, and after it
     watch     a handful of them at each checkpoint, always the same ones
-    report    the tables before and after, and films of the same questions
+    compare   the tables before and after, and films of the same questions
+    closing   what training changed, and where things lie
 
-docs/run.md explains the numbers. `run` is train.py's Run; train.py alone calls these functions.
+docs/run.md explains the numbers. `run` is train.py's Run, which stands above this file.
 
-Run it:  python -m lib.report runs/mapo      # where a run stands, and in which steps it collapsed
+Run it:  python report.py runs/mapo         # where a run stands, and in which steps it collapsed
 """
 import json
 import math
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 from eval import evaluate, record, summary, table, wilson
 from lib import checkpoint, page, shard
-from lib.data import Question
+from lib.checkpoint import newest
 from lib.policy import Policy
+from lib.question import Question
 from rollout import Trajectory
 from show import film_strip, stack, write_page
 
@@ -32,19 +34,26 @@ from show import film_strip, stack, write_page
 # ---- after each step -----------------------------------------------------------------------------
 
 def log(run, metrics: dict, batch, bar: tqdm) -> None:
-    """Rank 0 writes and says what a step was. Where there is no terminal for a bar, each step
-    prints a line. batch: train.Batch, what the step learnt from."""
-    if shard.rank() > 0:
-        return
-    step = metrics["step"]
+    """Rank 0 writes and says what a step was. batch: train.Batch, what the step learnt from."""
+    with shard.together():
+        if shard.rank() == 0:
+            write_lines(run, metrics, batch)
+            say(run, metrics, bar)
+
+
+def write_lines(run, metrics: dict, batch) -> None:
     checkpoint.append(run.out / "metrics.jsonl", [metrics])
     for i in sorted({0, 1, run.config.group} & set(range(len(batch.trajectories)))):
         trajectory, advantage = batch.trajectories[i], batch.advantage[i]
         # token k stands in column k - 1; a turn's last token is span.stop - 1
         of_turns = [round(advantage[turn.span.stop - 2].item(), 4) for turn in trajectory.turns]
-        line = {"step": step, "advantage": of_turns, **record(trajectory)}
+        line = {"step": metrics["step"], "advantage": of_turns, **record(trajectory)}
         checkpoint.append(run.out / "trajectories.jsonl", [line])
-    words = in_short(metrics)
+
+
+def say(run, metrics: dict, bar: tqdm) -> None:
+    """Beside the bar; where there is no terminal for one, each step prints a line."""
+    step, words = metrics["step"], in_short(metrics)
     bar.set_postfix_str(words)
     if bar.disable and not run.config.quiet:
         print(f"step {step}/{run.config.steps}  {words}  {metrics['seconds']:.1f} s", flush=True)
@@ -135,28 +144,6 @@ def first_of_each(questions: list[Question]) -> list[int]:
     return list(first.values())
 
 
-def report(run, before: dict, after: dict) -> None:
-    """The tables before and after, over all ranks; results.json; films of the same questions.
-    before, after: as `judge` returns them."""
-    results, main = {}, shard.rank() == 0
-    for name in ("greedy", "sampled"):
-        for moment, answers in (("before", before), ("after", after)):
-            rows = summary(answers.get(name, []), run.tests, shard.all_sum)
-            m = rows["all"]
-            interval = wilson(m["accuracy"] * m["n"], m["n"])
-            results[f"{moment} {name}"] = {**m, "interval": interval, "categories": rows}
-            if main and not run.config.quiet:
-                print(f"\n{moment} training, {name}\n{table(rows)}")
-    if not main:
-        return
-    (run.out / "results.json").write_text(json.dumps(results, indent=1))
-    strips = []
-    for i in first_of_each([t.question for t in before["greedy"]])[:4]:
-        strips.append(film_strip(before["greedy"][i], "before: "))
-        strips.append(film_strip(after["greedy"][i], "after: "))
-    stack(strips).save(run.out / "films.png")
-
-
 def show_page(run) -> None:
     """Write the run's page anew: a browser's reload shows the run as it is now."""
     with shard.together():
@@ -164,12 +151,63 @@ def show_page(run) -> None:
             write_page([run.out])
 
 
+# ---- at the end ----------------------------------------------------------------------------------
+
+def compare(run, before: dict, after: dict) -> None:
+    """The tables before and after, over all ranks; results.json; films of the same questions.
+    before, after: as `judge` returns them."""
+    results, loud = {}, shard.rank() == 0 and not run.config.quiet
+    for name in ("greedy", "sampled"):
+        for moment, answers in (("before", before), ("after", after)):
+            rows = summary(answers.get(name, []), run.tests, shard.all_sum)
+            m = rows["all"]
+            interval = wilson(m["accuracy"] * m["n"], m["n"])
+            results[f"{moment} {name}"] = {**m, "interval": interval, "categories": rows}
+            if loud:
+                print(f"\n{moment} training, {name}\n{table(rows)}")
+    with shard.together():
+        if shard.rank() == 0:
+            (run.out / "results.json").write_text(json.dumps(results, indent=1))
+            strips = []
+            for i in first_of_each([t.question for t in before["greedy"]])[:4]:
+                strips.append(film_strip(before["greedy"][i], "before: "))
+                strips.append(film_strip(after["greedy"][i], "after: "))
+            stack(strips).save(run.out / "films.png")
+
+
+def closing(folder: Path) -> str:
+    """A finished run in a few lines: what training changed, and where things lie."""
+    rows = [row for row in page.read_results(folder) if row["category"] == "all"]
+    found = {(row["when"], row["how"]): row for row in rows}
+    lines = [f"\n{folder}"]
+    if rows:
+        lines.append(f"  {rows[0]['n']:.0f} held-out questions".ljust(26) + f"{'greedy':28}sampled")
+        for name in ("accuracy", "hit", "gap", "calls", "semantic"):
+            greedy, sampled = (change(found, how, name) for how in ("greedy", "sampled"))
+            lines.append(f"    {name:22}{greedy:28}{sampled}")
+    places = {"look at it": "page.html", "films before, after": "films.png",
+              "the model": newest(folder).name, "the numbers": "metrics.jsonl"}
+    for what, name in places.items():
+        if (folder / name).exists():
+            lines.append(f"  {what:24}{folder / name}")
+    return "\n".join(lines)
+
+
+def change(found: dict, how: str, name: str) -> str:
+    """Before -> after, and the difference; "-" where nothing is known."""
+    before, after = (found.get((when, how), {}).get(name) for when in ("before", "after"))
+    if before is None or after is None:
+        return "-"
+    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
+
+
 if __name__ == "__main__":
-    file = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/mapo") / "metrics.jsonl"
-    steps = [metrics for metrics in map(page.parse, page.raw_lines([file])) if metrics]
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/mapo")
+    lines = page.raw_lines([folder / "metrics.jsonl"])
+    steps = [metrics for metrics in map(page.parse, lines) if metrics]
     if not steps:
-        sys.exit(f"{file}: expected a line a step, of a run of train.py; found none")
+        sys.exit(f"{folder}/metrics.jsonl: expected a line a step, of a run of train.py; found none")
     for metrics in steps:
         if trouble := collapse(metrics):
             print(f"step {metrics['step']}: collapse: {trouble}")
-    print(f"step {metrics['step']}: {in_short(metrics)}")
+    print(f"step {metrics['step']}: {in_short(metrics)}\n{closing(folder)}")
