@@ -206,7 +206,7 @@ if __name__ == "__main__":
     lines = page.raw_lines([folder / "metrics.jsonl"])
     steps = [metrics for metrics in map(page.parse, lines) if metrics]
     if not steps:
-        sys.exit(f"{folder}/metrics.jsonl: expected a line a step, of a run of train.py; found none")
+        sys.exit(f"{folder}/metrics.jsonl: expected lines of a run of train.py; found none")
     for metrics in steps:
         if trouble := collapse(metrics):
             print(f"step {metrics['step']}: collapse: {trouble}")

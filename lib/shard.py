@@ -256,8 +256,8 @@ class ShardedAdamW:
         return all_sum(sum(b.gradient.square().sum().item() for b in self.buckets)) ** .5
 
     def clip(self, limit: float) -> float:
-        """Scale the gradient to at most `limit`; returns the norm it had. If that is not finite, the
-        caller must skip the step; all ranks see the same norm."""
+        """Scale the gradient to at most `limit`; returns the norm it had, the same on all ranks. If
+        that is not finite, the caller must skip the step."""
         norm = self.norm()
         for b in self.buckets:
             b.gradient *= min(1., limit / (norm + 1e-6))

@@ -76,4 +76,4 @@ def test_the_command(tmp_path):
     assert first.startswith("step 1: collapse: the agent has stopped looking")
     assert str(tmp_path / "metrics.jsonl") in rest[-1]
     assert second == "step 2: accuracy 0.50  calls 1.00  gap 0.25  semantic 0.75"
-    assert "expected a line a step, of a run of train.py; found none" in said(tmp_path / "x").stderr
+    assert "expected lines of a run of train.py; found none" in said(tmp_path / "x").stderr
