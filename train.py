@@ -429,29 +429,37 @@ def count_in(totals: dict, loss: Tensor, stats: dict, logp: Tensor, old: Tensor,
 
 def take_step(run: Run, batch: Batch, totals: dict[str, float], step: int) -> dict[str, float]:
     """AdamW on the accumulated gradient; returns the update's statistics over all ranks."""
-    config = run.config
-    warm = min(1, (step + 1) / 5)
+    config, warm = run.config, min(1, (step + 1) / 5)
+    stats, learnt = over_ranks(totals)
+    stats["grad_norm"] = run.optimiser.clip(config.grad_clip)
+    stats["lr"] = warm * config.lr
+    finite = math.isfinite(stats["grad_norm"])
+    stats["skipped"] = float(learnt == 0 or not finite)
+    stats["changed"] = 0. if stats["skipped"] else run.optimiser.step(stats["lr"])
+    run.diverged = 0 if finite else run.diverged + 1
+    stop_if_diverged(run, step)
+    if run.critic:
+        lr = warm * config.critic_lr
+        stats["value_loss"] = run.critic.update(batch.weight, lr, config.grad_clip)
+    return stats
+
+
+def over_ranks(totals: dict[str, float]) -> tuple[dict[str, float], float]:
+    """The statistics of an update, and the sum of the weights that were learnt from."""
     learnt = shard.all_sum(totals["learnt"])
     stats = {"loss": shard.all_sum(totals["loss"])}
     for name in ("entropy", "kl", "clip_fraction"):                # means over what was learnt from
         stats[name] = shard.all_sum(totals[name]) / max(learnt, 1e-8)
     stats["logp_gap"] = shard.all_sum(totals["logp_gap"], "MAX")
     stats["micro_batches"] = totals["micro_batches"]
-    stats["grad_norm"] = run.optimiser.clip(config.grad_clip)
-    stats["lr"] = warm * config.lr
-    stats["skipped"] = float(learnt == 0 or not math.isfinite(stats["grad_norm"]))
-    stats["changed"] = 0.
-    if not stats["skipped"]:
-        stats["changed"] = run.optimiser.step(stats["lr"])
-    run.diverged = 0 if math.isfinite(stats["grad_norm"]) else run.diverged + 1
+    return stats, learnt
+
+
+def stop_if_diverged(run: Run, step: int) -> None:
     if run.diverged == 3 or not_finite(run.policy.model):
         what = "three gradients in a row" if run.diverged else "the new weights"
         raise ValueError(f"step {step + 1}: {what} are not finite; lower --lr. {run.out} has the "
                          "last good checkpoint, and in trajectories.jsonl what was sampled")
-    if run.critic:
-        lr = warm * config.critic_lr
-        stats["value_loss"] = run.critic.update(batch.weight, lr, config.grad_clip)
-    return stats
 
 
 # ---- measure -------------------------------------------------------------------------------------
