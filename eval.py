@@ -12,7 +12,9 @@ Run it:  python eval.py --model runs/mapo                    # the world's held-
          torchrun --nproc-per-node 2 -- eval.py --model DIR  # two processes share the batches;
                                                  # without the -- torchrun takes --n for its own
 
-A benchmark's table counts as its reference does, and beside that by our rule (docs/scoring.md).
+A run is asked as it was trained: with its --objects, --options, --max_turns and --max_tokens, if
+the command names none. A benchmark's table counts as its reference does, and beside that by our
+rule (docs/scoring.md).
 
 Each process appends to its own predictions-<rank>.jsonl. A killed run goes on with `--resume`, with
 any number of processes, and ends at the same table. It expects the same settings, and the files of
@@ -40,8 +42,7 @@ from tiny.world import World, world_questions
 from tools import Call
 
 COLUMNS = ("calls", "valid", "hit", "gap", "lucky", "semantic")
-# Settings that are as in the training of the weights, if the command does not say otherwise, and
-# what they are for weights of which nothing is noted.
+# Taken from the training of the weights, unless the command names them; these, if nothing is noted.
 AS_TRAINED = {"options": 4, "objects": 6, "max_turns": 4, "max_tokens": 64}
 # What a --resume may change. (With another batch, sampled answers are others, but as good.)
 FREE = ("n", "batch", "films", "out", "resume", "device")
@@ -293,15 +294,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, as_trained = parser.add_argument, "default: as in training"
+    add = parser.add_argument
     add("--model", default="tiny", help="a model directory, or a run of train.py")
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
-    add("--options", type=int, help=f"of the world's mark questions, 0 or 2 to 8; {as_trained}")
-    add("--objects", type=int, help=f"of a scene of the world, 2 to 16; {as_trained}")
+    add("--options", type=int, help="of the world's mark questions, 0 or 2 to 8; as trained, else 4")
+    add("--objects", type=int, help="of a scene of the world, 2 to 16; as trained, else 6")
     add("--temperature", type=float, default=0., help="0 is greedy")
-    add("--max_turns", type=int, help=as_trained)
-    add("--max_tokens", type=int, help=f"a turn; larger models need some hundreds; {as_trained}")
+    add("--max_turns", type=int, help="as trained, else 4")
+    add("--max_tokens", type=int, help="a turn, as trained, else 64; larger models need hundreds")
     add("--batch", type=int, help="questions asked side by side; default: 64, benchmarks 8")
     add("--seed", type=int, default=0, help="of sampling")
     add("--no_score", action="store_true", help="no semantic scores: no second model is loaded")

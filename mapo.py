@@ -69,8 +69,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     N is questions x group; the trajectories of a group are contiguous. `credit` says which turns
     the score pays: "trajectory", all alike, (N,); "look", eq. 5, or "aim", eq. 6: (N, T).
     All are divided by the std of the returns R; std False leaves that out (Dr. GRPO). A group of
-    equal returns gets exactly 0, one of nearly equal returns advantages as large as any. By look or
-    aim they have no bound: R may hardly differ where the looks of a turn do.
+    equal returns gets exactly 0; one of nearly equal returns gets advantages as large as any. By
+    look or aim there is no bound: R may hardly differ where the looks of a turn do.
     The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
     Raises ValueError on shapes or options that do not fit."""
     check(r, scores, looked, group, beta, lam, credit)
@@ -161,7 +161,7 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
 
 def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
-    """w of eq. 4, sum 1: mask (N, L - 1) of the agent's tokens in the *whole* batch -> as mask.
+    """w of eq. 4: mask (N, L - 1) of the agent's tokens in the *whole* batch -> same shape, sum 1.
 
     mean "trajectory": every trajectory weighs the same; "token": every token does. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""

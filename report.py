@@ -9,7 +9,7 @@ What it teaches: which numbers to watch while an agent trains, and when one of t
     compare   the tables before and after, and films of the same questions
     closing   what training changed, and where things lie
 
-docs/run.md explains the numbers. `run` is train.py's Run, which stands above this file.
+docs/run.md explains the numbers. `run` is train.py's Run; train.py imports this file.
 
 Run it:  python report.py runs/mapo         # where a run stands, and in which steps it collapsed
 """
@@ -70,6 +70,8 @@ def collapse(metrics: dict) -> str:
     """What went wrong, in words; empty while all is well."""
     if not math.isfinite(metrics["grad_norm"]):
         return "the gradient is not finite: the step was skipped; lower --lr"
+    if not math.isfinite(metrics.get("value_loss", 0.)):
+        return "the critic's gradient is not finite: its step was skipped; lower --critic_lr"
     if metrics["skipped"]:
         return "no group had a signal: the step was skipped"
     if metrics["calls"] < .1:

@@ -62,8 +62,8 @@ class Scorer:
     """Eq. 8 to 10 with a frozen policy as the encoder."""
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None):
-        """REFERENCES crops are cut at random from these questions' images, with sides of 1/8 to 1/2
-        of them: they need no annotation. None: 64 questions of the embedded world, from the
+        """Reference crops, at least REFERENCES, are cut at random from these questions' images, with
+        sides of 1/8 to 1/2 of them: they need no annotation. None: 64 questions of the embedded world, from the
         millionth on, which no run trains on."""
         self.policy = policy
         rng, crops = np.random.default_rng(0), []
@@ -140,10 +140,12 @@ def rewards(trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
 # The world's boxes, of evidence and of objects, are those of the plates with the marks.
 
 def astray(turn: Turn, question: Question) -> bool:
-    """The crop holds no object that the label names. A label that names none is astray, too."""
+    """The crop holds no object that the label names. A label that names none is astray, too.
+
+    "the two cats" names "cat", "the scattered" does not: in Latin letters words must be whole."""
     label = turn.call.label.lower()
     named = [box for name, box in question.objects.items()
-             if re.search(rf"(?<!\w){re.escape(plain(name))}(?!\w)", label)]     # whole words
+             if re.search(rf"(?<![a-z0-9]){re.escape(plain(name))}s?(?![a-z0-9])", label)]
     return not any(holds(turn.box, box) for box in named)
 
 

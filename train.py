@@ -98,7 +98,7 @@ class Config:
                               choices=("pixels", "1000"))
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
     resume: bool = option(False, "go on from the newest checkpoint of the run")
-    quiet: bool = option(False, "print the closing summary and collapses alone")
+    quiet: bool = option(False, "no bar, no line a step, no tables")
 
     def __post_init__(self):
         row = mapo.ALGORITHMS.get(self.algo, mapo.Algorithm())
@@ -168,7 +168,7 @@ def train(config: Config) -> dict:
             advantage = token_advantages(run, trajectories)            # (N, L - 1)
             batch = to_batch(trajectories, advantage, run.algorithm)
             updates = []
-            for _ in range(config.updates):   # in the first all ratios are 1: nothing is clipped
+            for _ in range(config.updates):   # in the first update all ratios are 1
                 totals = accumulate(run.policy, run.optimiser, batch, run.algorithm, config)
                 updates.append(take_step(run, batch, totals, step))
             metrics = measured(run, step, sampled, updates, began, rolled)
@@ -243,7 +243,9 @@ def prepare(config: Config) -> Run:
             checkpoint.lock(out)
             for name in ("metrics.jsonl", "trajectories.jsonl", "watched.jsonl"):
                 checkpoint.keep_lines(out / name, run.first if saved else -1)      # -1: none
-            (out / "results.json").unlink(missing_ok=True)        # of the weights that were last
+            if run.first < config.steps:                   # those of older weights
+                for name in ("results.json", "films.png"):
+                    (out / name).unlink(missing_ok=True)
             if saved:
                 print(f"going on from {saved}")
             elif out != Path(config.out):
@@ -488,8 +490,9 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     stop = shard.all_sum(stopped, "MAX")
     due = stop or done % config.save_every == 0 or done == config.steps
     if run.diverged and done == config.steps:
-        raise ValueError(f"step {done}: the last gradient is not finite, so nothing is saved or "
-                         f"judged; {checkpoint.newest(run.out)} is the last good one; lower --lr")
+        raise ValueError(f"step {done}: the last gradient is not finite: these weights are neither "
+                         "saved nor judged. Begin anew with a lower --lr; older checkpoints in "
+                         f"{run.out}: {len(checkpoint.checkpoints(run.out))}")
     if due and not run.diverged:
         watch(run, done)
         checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import mapo
 import train
+import mapo
 from torch import Tensor
 
 coupled_before = mapo.advantages
@@ -32,6 +32,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
 if __name__ == "__main__":
     mapo.advantages = advantages
     config = train.parse_config()
-    if "--out" not in sys.argv:
+    if mapo.ALGORITHMS[config.algo].critic:
+        sys.exit("apart.py: expected an algorithm with a group advantage, found ppo")
+    if config.out == f"runs/{train.run_name(config)}":
         config.out += "-apart"
     train.train(config)

@@ -39,7 +39,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib.data import DataError, read_jsonl
-from lib.policy import read_config
+from lib.policy import read_config, usual_coordinates
 from report import side_by_side
 from tiny.world import world_questions
 from tools import Resolution, system_prompt
@@ -128,7 +128,8 @@ def read_lengths(shape: Shape, config: Config) -> tuple[Lengths, str]:
         note = f"{count:,} in {config.data}, {count / config.questions:.1f} steps an epoch; {note}"
     agent = path / "agent.json"
     agent = json.loads(agent.read_text(encoding="utf-8")) if agent.is_file() else {}
-    system = agent.get("system_prompt", system_prompt(config.coordinates or "pixels"))
+    coordinates = config.coordinates or usual_coordinates(read_config(path).model_type)
+    system = agent.get("system_prompt", system_prompt(coordinates))
     texts = count_tokens(path, [system] + [question.prompt for question in first])
     image = max(math.prod(shape.resolution.size(*size)) for size in sizes) // area
     crop = shape.resolution.crop().max_pixels // area

@@ -63,7 +63,7 @@ def fault(label: str) -> tuple[str, str] | None:
 
 
 def is_vague(words: list[str]) -> bool:
-    """Only words of VAGUE, even disguised ("0bjéct") or in pieces ("the ob ject")."""
+    """Does it hold only words of VAGUE, even disguised ("0bjéct") or in pieces ("the ob ject")?"""
     vague = {fold(word) for word in VAGUE}
     left = fold("".join(word for word in words if fold(word) not in vague))
     parts = "|".join(word for word in vague if len(word) > 2)   # else "inbox" were "in", "box"

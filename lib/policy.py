@@ -75,7 +75,7 @@ class Policy:
 
         note = Path(path) / "agent.json"  # how an agent of ours was taught to speak
         agent = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        usual = "1000" if config.model_type.startswith("qwen3_vl") else "pixels"
+        usual = usual_coordinates(config.model_type)
         self.coordinates = coordinates or agent.get("coordinates", usual)
         self.system_prompt = agent.get("system_prompt", system_prompt(self.coordinates))
 
@@ -158,7 +158,7 @@ class Policy:
 
         Returns the last hidden states (B, L, D), which columns are real (B, P + L), and each row's
         next free position. A cache that is given gets L more columns. If it held P columns before,
-        `real` (B, P) says which of them are no padding, and `starts` where positions go on."""
+        `real` (B, P) says which of them are not padding, and `starts` where positions go on."""
         positions, ends = [], []
         for tokens, start in zip(batch, starts or [0] * len(batch)):
             row, end = mrope_positions(tokens.ids, tokens.grids, self.image_id, start)
@@ -345,6 +345,11 @@ def read_model(path: str | Path, dtype: torch.dtype) -> tuple:
             raise ValueError(f"{path}: expected all weights of the model and no others, "
                              f"found {len(names)} {what}: {', '.join(sorted(names)[:5])}")
     return tokenizer, processor, model
+
+
+def usual_coordinates(model_type: str) -> str:
+    """In what a family gives boxes, if nothing else is said."""
+    return "1000" if model_type.startswith("qwen3_vl") else "pixels"
 
 
 def not_finite(model: torch.nn.Module) -> list[str]:

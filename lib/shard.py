@@ -230,7 +230,7 @@ class ShardedAdamW:
         if ranks() > 1:
             for p in parameters:
                 dist.broadcast(p.detach(), 0)
-        self.buckets = pack(parameters[::-1], bucket)       # backward ends with the first ones
+        self.buckets = pack(parameters[::-1], bucket)       # backward reaches the first ones last
 
     def zero_grad(self) -> None:
         """Forget gradients, also those of a backward that failed half-way."""

@@ -303,8 +303,8 @@ def test_a_row_may_name_its_program(trainer):
 
 
 def test_coupled_after_the_normalisation_by_hand():
-    """Two trajectories, one right: by eq. 3 the right one has 1, if beta is below 1/2, however
-    little its score is behind. Apart, it has .6 + .4 or .6 - .4."""
+    """Two trajectories, one right. By eq. 3 the right one has 1 by trajectory, whether its score is
+    above the other's or below; apart it has .6 + .4 or .6 - .4. Aim is alike here: one turn."""
     r, looked = torch.tensor([1., 0]), torch.ones(2, 1, dtype=torch.bool)
     for scores, expected in (((.9, .1), 1.), ((.1, .9), .2)):
         scores = torch.tensor(scores)[:, None]
@@ -312,8 +312,7 @@ def test_coupled_after_the_normalisation_by_hand():
             A = apart.advantages(r, scores, looked, 2, .4, .95, credit)
             assert torch.allclose(A, torch.tensor([expected, -expected]).view(2, *turns), atol=1e-4)
             before = mapo.advantages(r, scores, looked, 2, .4, .95, credit)
-            if credit == "trajectory":
-                assert torch.allclose(before, torch.tensor([1., -1]), atol=1e-4)
+            assert torch.allclose(before, torch.tensor([1., -1]).view(2, *turns), atol=1e-4)
 
 
 def test_a_failed_run_stops_the_series_and_loses_none(trainer):

@@ -2,8 +2,8 @@
 arithmetic.
 
 Random Qwen2.5-VL and Qwen3-VL directories (conftest.py) must give what transformers gives, sample
-what they train, and train, stop, resume and be evaluated by the real commands, without a branch on
-a model's name. Then tiny/ on one rank and on two.
+what they train, and train, stop, resume and be evaluated by the real commands. The code asks for a
+model's name once, for the units of its boxes. Then tiny/ on one rank and on two.
 """
 import json
 import math
@@ -112,7 +112,7 @@ def test_semantic_scores(model, sampled):
 
 
 def test_boxes_are_read_as_the_family_gives_them(directories):
-    """These directories have no agent.json."""
+    """No agent.json says otherwise here."""
     assert {name: Policy(directories[name]).coordinates for name in FAMILY} == COORDINATES
 
 

@@ -29,7 +29,7 @@ def recording(step, device):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(graph, "record", recording)
+    monkeypatch.setattr(graph, "recorded", recording)
 
 
 def compare(policy, questions, monkeypatch, temperature=1.):

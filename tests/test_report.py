@@ -16,7 +16,7 @@ from report import collapse, handful, side_by_side
 @pytest.mark.parametrize("metrics, words", [
     ({}, ""), ({"calls": .05}, "stopped looking"), ({"grad_norm": math.nan}, "not finite"),
     ({"entropy": .001}, "deterministic"), ({"valid": .2}, "malformed"),
-    ({"answered": .4}, "end in an answer"),
+    ({"answered": .4}, "end in an answer"), ({"value_loss": math.nan}, "critic"),
     ({"skipped": 1., "entropy": 0.}, "no group had a signal"),
     ({"skipped": 1., "grad_norm": math.inf}, "not finite")])
 def test_collapse_is_named(metrics, words):

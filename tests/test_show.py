@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report
 import show
 from conftest import ROOT
 from eval import record
@@ -421,7 +422,7 @@ def test_a_step_as_text(run, trajectories):
 
 
 def test_the_closing_words(run):
-    said = closing(run).split("\n")
+    said = report.closing(run).split("\n")
     assert said[2].split() == ["8", "held-out", "questions", "greedy", "sampled"]
     assert said[3].split() == ["accuracy", *(["0.500", "->", "0.750", "(+0.250)"] * 2)]
     assert said[5].split() == ["gap", "-", "-"]

@@ -143,7 +143,7 @@ class Zoom(BaseTool):
     def __init__(self, config: dict, tool_schema: OpenAIFunctionToolSchema | None = None):
         super().__init__(config, tool_schema)
         questions = list(read_jsonl(config["questions"]))[:64] if config["questions"] else None
-        policy = Policy(config["model"], coordinates=config["coordinates"] or None)
+        policy = Policy(config["model"], coordinates=config["coordinates"] or "pixels")
         self.scorer = Scorer(policy, questions)
 
     def get_openai_tool_schema(self) -> OpenAIFunctionToolSchema:
