@@ -62,9 +62,9 @@ class Scorer:
     """Eq. 8 to 10 with a frozen policy as the encoder."""
 
     def __init__(self, policy: Policy, questions: list[Question] | None = None):
-        """Reference crops, at least REFERENCES, are cut at random from these questions' images, with
-        sides of 1/8 to 1/2 of them: they need no annotation. None: 64 questions of the embedded world, from the
-        millionth on, which no run trains on."""
+        """At least REFERENCES reference crops are cut at random from these questions' images, with
+        sides of 1/8 to 1/2 of theirs: they need no annotation. None: 64 questions of the embedded
+        world, from the millionth on, which no run trains on."""
         self.policy = policy
         rng, crops = np.random.default_rng(0), []
         questions = questions or world_questions(World(), 0, "train", 10**6, 64)
