@@ -298,7 +298,7 @@ def main() -> None:
     add("--model", default="tiny", help="a model directory, or a run of train.py")
     add("--data", help="a benchmark's file or a .jsonl; default: the world's held-out questions")
     add("--n", type=int, help="only the first n questions; default: 500 of the world, else all")
-    add("--options", type=int, help="of a mark question of the world, 0, 2 to 8; as trained, else 4")
+    add("--options", type=int, help="of the mark questions, 0 or 2 to 8; as trained, else 4")
     add("--objects", type=int, help="of a scene of the world, 2 to 16; as trained, else 6")
     add("--temperature", type=float, default=0., help="0 is greedy")
     add("--max_turns", type=int, help="as trained, else 4")
