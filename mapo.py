@@ -71,7 +71,7 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     All are divided by the std of the returns R; std False leaves that out (Dr. GRPO). A group of
     equal returns gets exactly 0; one of nearly equal returns gets advantages as large as any. By
     look or aim there is no bound: R may hardly differ where the looks of a turn do. (In 450
-    trajectories of five runs of the row mapo the largest was 2.9; by trajectory none exceeds sqrt(7).)
+    trajectories of the row mapo the largest was 2.9; by trajectory none exceeds sqrt(G - 1).)
     The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
     Raises ValueError on shapes or options that do not fit."""
     check(r, scores, looked, group, beta, lam, credit)
