@@ -1,8 +1,9 @@
 """The experiments: what coupling, credit and luck change, from one start and on the same questions.
 
 Every run is `python train.py` with the options that `parts` lists, or another program that stands
-before them; docs/record.py trains them, and docs/experiments.jsonl holds a line a run. A table takes runs of one start and one code, and the
-seeds that all its rows have, so a series may be stopped at any time and goes on where it was.
+before them; docs/record.py trains them, and docs/experiments.jsonl holds a line a run. A table
+takes runs of one start and one code, and the seeds that all its rows have, so a series may be
+stopped at any time and goes on where it was.
 
 On three pages, experiments.md (what is reported), limits.md (in other conditions) and choices.md
 (how settings were chosen), a table stands below a line such as `<!-- table: end -->`: the part and
