@@ -69,7 +69,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
 
     max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
     temperature 0 is greedy. No text of the agent makes this raise. It raises ValueError for a
-    question that is longer than the model's positions, or probabilities that are not finite."""
+    prompt that is longer than the model's positions (docs/plan.py says how long a trajectory may
+    become), or probabilities that are not finite."""
     images, prompts, trajectories = begin(policy, questions, group)
     kind = GraphSession if policy.device.type == "cuda" else Session      # the same up to rounding
     session = kind(policy, prompts, group)
