@@ -70,8 +70,9 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     the score pays: "trajectory", all alike, (N,); "look", eq. 5, or "aim", eq. 6: (N, T).
     All are divided by the std of the returns R; std False leaves that out (Dr. GRPO). A group of
     equal returns gets exactly 0; one of nearly equal returns gets advantages as large as any. By
-    look or aim there is no bound: R may hardly differ where the looks of a turn do. (In 450
-    trajectories of the row mapo the largest was 2.9; by trajectory none exceeds sqrt(G - 1).)
+    look or aim there is no bound: R may hardly differ where the looks of a turn do. (In the
+    trajectories.jsonl of seeds 211 to 215 of the row mapo, 450 trajectories, the largest is 2.9; by
+    trajectory none exceeds sqrt(G - 1).)
     The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
     Raises ValueError on shapes or options that do not fit."""
     check(r, scores, looked, group, beta, lam, credit)

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from eval import evaluate, record, summary, table, wilson
 from lib import checkpoint, page, shard
-from lib.checkpoint import newest
 from lib.policy import Policy
 from lib.question import Question
 from rollout import Trajectory
@@ -188,7 +187,7 @@ def closing(folder: Path) -> str:
             greedy, sampled = (change(found, how, name) for how in ("greedy", "sampled"))
             lines.append(f"    {name:22}{greedy:28}{sampled}")
     places = {"look at it": "page.html", "films before, after": "films.png",
-              "the model": newest(folder).name, "the numbers": "metrics.jsonl"}
+              "the model": checkpoint.newest(folder).name, "the numbers": "metrics.jsonl"}
     for what, name in places.items():
         if (folder / name).exists():
             lines.append(f"  {what:24}{folder / name}")

@@ -97,6 +97,7 @@ class Scorer:
 
 
 def plain(label: str) -> str:
+    """In lower case, and without an article before it."""
     return re.sub(r"^(the|a|an) ", "", label.lower())
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train
+import train          # first: it says how idle threads wait, before torch is there
 import mapo
 from torch import Tensor
 
