@@ -26,7 +26,7 @@ SHAPES_A_RUN = ("mapo.py", "rollout.py", "tools.py", "reward.py", "train.py", "t
                 "lib/shard.py", "lib/question.py", "lib/data.py", "lib/labels.py")
 # The present code computes what the recorded one did: in five short runs of both (grpo, gspo, dapo,
 # dr_grpo, ppo; all credits) all metrics, trajectories and weights were equal.
-EQUAL = {"fbc1fcc2": "7252fb04"}
+EQUAL = {"a5ab7dab": "7252fb04"}
 CURVES = ("accuracy", "hit", "gap", "lucky", "calls", "semantic", "signal_groups", "entropy",
           "clip_fraction", "seconds", "sampled")
 Job = tuple[str, list[str], int]          # row of a table, options of train.py, seed
@@ -52,13 +52,13 @@ def present() -> tuple[str, str]:
 
 
 def statements(source: str) -> str:
-    """A program without its comments and docstrings, which may be reworded. (Python 3.11 writes it;
+    """A program without its comments and docstrings, which may change. (Python 3.11 writes it;
     another one may write the same statements otherwise, and they count as another code.)"""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 
