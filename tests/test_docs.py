@@ -205,6 +205,15 @@ def test_a_clip_range_is_scaled():
     assert scaled("--algo grpo", 2) == "--algo grpo --clip 2"
 
 
+def test_words_are_no_code():
+    """Comments and docstrings, new ones too, leave a run's code as it is; a number does not."""
+    plain = "def f(x):\n    return x + 1\nclass A:\n    pass\n"
+    told = ('"""A file."""\ndef f(x):  # words\n    """Adds."""\n    return x + 1\n'
+            'class A:\n    """Empty."""\n')
+    assert record.statements(told) == record.statements(plain)
+    assert record.statements(plain.replace("1", "2")) != record.statements(plain)
+
+
 def test_expected_time_by_hand():
     """Two runs of 8 x 30, as long as the median of those known: 60, then 60, 100 and 300 s."""
     jobs = [("a", "--questions 8 --steps 30 --algo grpo".split(), seed) for seed in range(2)]
