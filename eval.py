@@ -202,6 +202,9 @@ def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Questi
     own questions took them from its training file: its scores differ a little.)"""
     base, encoder = trained_with(args.model).get("model", args.model), policy
     if base != args.model:
+        if not Path(base).is_dir():
+            raise FileNotFoundError(f"{base}: the model at which training began, which scores the "
+                                    "looks, is gone; --no_score judges without it")
         encoder = Policy(base, policy.device, policy.model.dtype)
     return Scorer(encoder, questions[:64] if args.data else None)
 
@@ -214,6 +217,7 @@ def open_folder(out: Path, settings: dict) -> None:
         checkpoint.check_settings(out, settings, set(), "settings.json")
     else:
         (out / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        (out / "predictions-0.jsonl").touch()       # from now on the folder holds an evaluation
     for file in predictions(out):        # what is appended must not continue a torn line
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
@@ -275,9 +279,9 @@ def run(args: argparse.Namespace) -> None:
         args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
         scorer = None if args.no_score else load_scorer(args, policy, every)
-        out = Path(args.out)
-        if not args.resume:
-            out = checkpoint.choose_folder(out, resume=False)
+        taken, out = checkpoint.next_folders(Path(args.out))
+        if args.resume:                    # the last that was begun
+            out = ([path for path in taken if predictions(path)] or [Path(args.out)])[-1]
         settings = {key: value for key, value in vars(args).items() if key not in FREE}
     with shard.together():
         if shard.rank() == 0:

@@ -113,8 +113,9 @@ def write_page(folders: list[str | Path]) -> Path:
             views = [page.view(saved) for saved in run[part]]
             questions = find_questions(run[part], folder, held_out=part == "watched")
             for view, saved in zip(views, run[part]):
-                if view["id"] in questions:
-                    page.add_pictures(view, saved, questions[view["id"]], pictures)
+                question = questions.get(view["id"])
+                if question and is_same(question, saved):
+                    page.add_pictures(view, saved, question, pictures)
             run[part] = views
         runs.append(run)
     file = folders[0] / "page.html"
@@ -123,22 +124,26 @@ def write_page(folders: list[str | Path]) -> Path:
 
 
 def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str, Question]:
-    """The questions of saved trajectories by id: from the run's files, or drawn again by the
-    world. Those that are gone, or have another text now, are left out."""
+    """The questions of saved trajectories by id, but for those that are gone: from the run's files,
+    or drawn again by the world."""
     settings = page.read_settings(folder)
     file = (held_out and settings.get("test")) or settings.get("data")
-    texts = {page.text(line.get("id")): line.get("question") for line in lines}
+    ids = {page.text(line.get("id")) for line in lines}
     try:
-        if file and texts:
+        if file and ids:
             questions = benchmarks.load(file, [])[1]
         else:
             world = World(settings.get("objects", 6), settings.get("options", 4))
-            questions = draw_again(texts, world)
-        return {question.id: question for question in questions
-                if question.id in texts and question.text == texts[question.id]}
+            questions = draw_again(ids, world)
+        return {question.id: question for question in questions if question.id in ids}
     except (DataError, OSError, TypeError, ValueError) as error:
         print(f"{folder}: no pictures: {str(error)[:200]}", file=sys.stderr)
         return {}
+
+
+def is_same(question: Question, saved: dict) -> bool:
+    """Is it still what was asked? Else it may have another picture, too."""
+    return (question.text, list(question.choices)) == (saved.get("question"), saved.get("choices"))
 
 
 def draw_again(names: Iterable[str], world: World) -> Iterator[Question]:
@@ -213,7 +218,7 @@ def main() -> None:
         if not args.runs:
             show_one(args)
         elif args.text:
-            print(tell(args.runs[0], args.step))
+            print("\n\n".join(tell(folder, args.step) for folder in args.runs))
         else:
             print(write_page(args.runs))
     except (OSError, ValueError) as error:

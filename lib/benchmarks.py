@@ -66,15 +66,16 @@ def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Questio
             with noted(bad):
                 expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
                 row = dict(zip(columns, fields))
-                question, image = tsv_question(name, row, where), row["image"].strip()
-                if len(image) <= 64:                       # of a row that has the image
-                    borrowed.append((question, image))
-                else:
+                image, load = row["image"].strip(), None
+                if len(image) > 64:                        # else the index of a row that has it
                     column = columns.index("image")
-                    source = functools.partial(read_image, path, offset, column)
-                    question.open = opener(source, where)
-                    openers.setdefault(question.id, question.open)
+                    load = opener(functools.partial(read_image, path, offset, column), where)
+                    openers.setdefault(row["index"].strip(), load)
+                question = tsv_question(name, row, where)
+                question.open = load
                 questions.append(question)
+                if load is None:
+                    borrowed.append((question, image))
     for question, index in borrowed:                       # that row may stand below
         question.open = openers.get(index)
         with noted(bad):

@@ -39,15 +39,21 @@ def holds_a_run(folder: Path) -> bool:
     return any(folder.glob("predictions-*.jsonl"))
 
 
-def choose_folder(folder: Path, resume: bool) -> Path:
-    """Where a run goes. A new one: the first of folder, folder-2, folder-3, .. that holds no run. A
-    resumed one: the last of them that has a checkpoint.
-
-    Raises FileNotFoundError if there is nothing to resume."""
+def next_folders(folder: Path) -> tuple[list[Path], Path]:
+    """Of folder, folder-2, folder-3, ..: those that hold runs, and the first that holds none."""
     new, taken = folder, []
     while holds_a_run(new) or owner(new):
         taken.append(new)
         new = folder.with_name(f"{folder.name}-{len(taken) + 1}")
+    return taken, new
+
+
+def choose_folder(folder: Path, resume: bool) -> Path:
+    """Where a run goes. A new one: the first of folder, folder-2, folder-3, .. that holds no run. A
+    resumed one: the last before it that has a checkpoint.
+
+    Raises FileNotFoundError if there is nothing to resume."""
+    taken, new = next_folders(folder)
     if not resume:
         return new
     found = [path for path in taken if checkpoints(path)]
@@ -65,14 +71,21 @@ def lock(folder: Path) -> None:
     """This process alone may write into the folder, until it ends, however it ends.
 
     Raises ValueError if another one does."""
-    if process := owner(folder):
-        raise ValueError(f"{folder}: process {process} writes there; wait for its end, or choose "
-                         "another --out")
-    if folder not in LOCKS:
-        LOCKS[folder] = (folder / "lock").open("w")
-        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX)
-        LOCKS[folder].write(str(os.getpid()))
-        LOCKS[folder].flush()
+    if folder in LOCKS:
+        return
+    file, locked = (folder / "lock").open("a+"), False
+    while not locked:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:
+            if process := owner(folder):        # else one that only asked, as `owner` does
+                raise ValueError(f"{folder}: process {process} writes there; wait for its end, or "
+                                 "choose another --out") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    LOCKS[folder] = file
 
 
 def owner(folder: Path) -> str:

@@ -130,14 +130,15 @@ def evenly(items: Sequence, count: int) -> Sequence:
 
 def read_watched(folder: Path) -> list[dict]:
     """The lines of at most MAX_STEPS steps, and of these at most MAX_WATCHED each."""
-    steps = {}
-    for saved in map(parse, raw_lines([folder / "watched.jsonl"])):
-        if number(saved.get("step")) is not None:
-            steps.setdefault(saved["step"], []).append(saved)
-    kept = []
-    for lines in evenly(list(steps.values()), MAX_STEPS):
-        kept += lines[:MAX_WATCHED]
-    return kept
+    file = [folder / "watched.jsonl"]
+    steps = dict.fromkeys(number(parse(line).get("step")) for line in raw_lines(file))   # in order
+    steps.pop(None, None)
+    kept = {step: [] for step in evenly(list(steps), MAX_STEPS)}
+    for saved in map(parse, raw_lines(file)):
+        lines = kept.get(number(saved.get("step")), [])
+        if len(lines) < MAX_WATCHED:
+            lines.append(saved)
+    return [saved for lines in kept.values() for saved in lines]
 
 
 def read_settings(folder: Path) -> dict:

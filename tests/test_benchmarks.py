@@ -232,13 +232,15 @@ def test_a_quote_that_is_never_closed_swallows_little(tmp_path, monkeypatch):
 
 
 def test_bad_rows_can_be_left_out(tmp_path):
-    """All of them are named, also one that borrows the picture of a bad row."""
+    """All of them are named. Another row may borrow the picture of one whose answer is wrong, but
+    none of a row that is not there."""
     rows = [VSTAR | {"answer": "C"}, VSTAR | {"index": 1}, VSTAR | {"index": 2, "image": "1"},
-            VSTAR | {"index": 3, "image": "0"}, VSTAR | {"index": 4}]
+            VSTAR | {"index": 3, "image": "0"}, VSTAR | {"index": 4, "image": "9"}]
     bad = []
     _, questions = load(save(tmp_path, rows), bad)
-    assert [question.id for question in questions] == ["1", "2", "4"]
-    assert [str(error).split("row ")[1][0] for error in bad] == ["2", "5"]
+    assert [question.id for question in questions] == ["1", "2", "3"]
+    assert [str(error).split("row ")[1][0] for error in bad] == ["2", "6"]
+    assert questions[2].open().size == questions[0].open().size
 
 
 def test_a_broken_picture_is_named_when_opened(tmp_path):

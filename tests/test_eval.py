@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,6 +246,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(files, run, asked, tmp_path, mon
     assert read_predictions(killed) == read_predictions(whole)
     asked.clear()
     assert run(killed, *arguments, "--resume") == text and asked == []
+
+
+def test_resume_goes_to_the_last_evaluation(files, run, tmp_path):
+    """The second has its own folder, eval-2; --resume goes on there, also if it was stopped before
+    its first answer."""
+    out, arguments = tmp_path / "eval", ("--data", files["V*"], "--no_score", "--resume")
+    run(out, "--data", files["V*"], "--no_score", "--n", 2)
+    second = tmp_path / "eval-2"
+    second.mkdir()
+    evaluation.open_folder(second, json.loads((out / "settings.json").read_text()))
+    assert not read_predictions(second)
+    assert "eval-2" in run(out, *arguments, "--n", 3)
+    assert sorted(read_predictions(second)) == [0, 1, 2] and len(read_predictions(out)) == 2
+
+
+def test_a_base_that_is_gone_is_named(tmp_path):
+    """A run's looks are scored by the model at which it began."""
+    (tmp_path / "train.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
+    args = SimpleNamespace(model=str(tmp_path), data=None)
+    with pytest.raises(FileNotFoundError, match="gone: the model at which .* --no_score judges"):
+        evaluation.load_scorer(args, None, [])
 
 
 def test_resume_goes_from_few_questions_to_all(files, run, asked, tmp_path):

@@ -23,7 +23,7 @@ from lib.page import (CROP, CURVES, LONG, MAX_TURNS, OVERVIEW, SHORT, coarse, ev
 from lib.policy import Tokens
 from lib.question import Question
 from rollout import Trajectory, Turn
-from show import FRAME, SIDE, film_strip, find_questions, stack, tell, transcript
+from show import FRAME, SIDE, film_strip, find_questions, is_same, stack, tell, transcript
 from show import write_page
 from tiny.world import World, world_question
 from tools import Call
@@ -246,14 +246,18 @@ def test_an_evaluation_has_a_page(tmp_path, trajectories):
     assert all("picture" in story for story in shown["trajectories"])
 
 
-def test_the_worlds_questions_are_drawn_again(tmp_path):
-    """With the run's number of objects: with another one the scene, and the text, are others."""
-    question = world_question(World(objects=12), 0, "train", 3)
-    saved = [{"id": question.id, "question": question.text}]
-    for objects, found in ((12, 1), (6, 0)):
-        folder = saved_run(tmp_path / str(objects), [], objects=objects)
-        again = find_questions(saved, folder, held_out=False)
-        assert [q.boxes for q in again.values()] == [question.boxes] * found
+@pytest.mark.parametrize("world", [World(objects=12), World(options=8)])
+def test_the_worlds_questions_are_drawn_again(world, tmp_path):
+    """In the run's world: in another one the scene is another, and so is the text, or the options.
+    (Before its first checkpoint a run does not say which world it has.)"""
+    question = world_question(world, 0, "train", 3)
+    saved = {"id": question.id, "question": question.text, "choices": list(question.choices)}
+    for settings, same in (({"objects": world.objects, "options": world.options}, True),
+                           ({}, False)):
+        folder = saved_run(tmp_path / str(same), [], **settings)
+        again = find_questions([saved], folder, held_out=False)[question.id]
+        assert is_same(again, saved) == same
+        assert (again.open().tobytes() == question.open().tobytes()) == same
 
 
 def test_questions_are_found_again(tmp_path, questions, trajectories):
@@ -309,8 +313,9 @@ def hostile_run(folder: Path) -> Path:
                         "end": text, "correct": 1., "hit": False, "seen": [96, 96],
                         "space": [96, 96], "turns": [look] * many})
     model = json.loads(json.dumps(stories[0]))
-    model |= {"id": "train-0-0", "turns": model["turns"][:2],
-              "question": "What mark is on the blue square and the cyan diamond?"}
+    question = world_question(World(), 0, "train", 0)
+    model |= {"id": question.id, "turns": model["turns"][:2], "question": question.text,
+              "choices": list(question.choices)}
     stories.append(model)                                            # one that has a picture
     for name in model:
         stories += [model | {name: value} for value in WRONG]
