@@ -280,7 +280,7 @@ def demonstrate() -> None:
         cells = "".join(f"{column[i]:12.2f}" for column in columns.values())
         print(f"{story:22} {r[i]:4.0f} {S[i]:5.2f}{cells}")
     print("GRPO pays all right answers alike; "
-          "MAPO tells the look that earned the answer from the guess that hit it.\n"
+          "MAPO tells the look that earned the answer from the lucky guess.\n"
           "dapo and gspo differ from grpo in eq. 4, dapo also in its questions and its penalty.\n"
           "MAPO's own credit is aim:\n")
 

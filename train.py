@@ -119,7 +119,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.add_argument(f"--{f.name}", default=f.default, **kind, **f.metadata)
     config = Config(**vars(parser.parse_args(arguments)))
     least = {"steps": 1, "questions": 1, "group": 2, "updates": 1, "max_turns": 1, "max_tokens": 1,
-             "save_every": 1}                      # a group of one has no baseline
+             "save_every": 1, "eval_questions": 0, "eval_start": 0}   # a group of 1: no baseline
     for name, value in least.items():
         if getattr(config, name) < value:
             parser.error(f"--{name}: expected at least {value}, found {getattr(config, name)}")
@@ -168,7 +168,7 @@ def train(config: Config) -> dict:
             advantage = token_advantages(run, trajectories)            # (N, L - 1)
             batch = to_batch(trajectories, advantage, run.algorithm)
             updates = []
-            for _ in range(config.updates):   # in the first update all ratios are 1
+            for _ in range(config.updates):   # in the first one all ratios are 1, to rounding
                 totals = accumulate(run.policy, run.optimiser, batch, run.algorithm, config)
                 updates.append(take_step(run, batch, totals, step))
             metrics = measured(run, step, sampled, updates, began, rolled)
@@ -332,8 +332,8 @@ def sample(run: Run, questions: list[Question], count: int) -> list[Trajectory]:
 def draw_for_signal(run: Run, step: int, count: int
                     ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups of equal returns are left out,
-    and others drawn in their place, in `max_draws` draws at most. If no group has a signal, the
-    last ones are returned; their advantages are 0."""
+    and others drawn in their place (of a small file it may be the same questions), in `max_draws`
+    draws at most. If no group has a signal, the last ones are returned; their advantages are 0."""
     group, kept, sampled = run.config.group, [], []
     for draw in range(run.algorithm.max_draws):
         part = sample(run, run.stream(step, draw), count - len(kept) // group)
@@ -460,8 +460,12 @@ def over_ranks(totals: dict[str, float]) -> tuple[dict[str, float], float]:
 def stop_if_diverged(run: Run, step: int) -> None:
     if run.diverged == 3 or not_finite(run.policy.model):
         what = "three gradients in a row" if run.diverged else "the new weights"
-        raise ValueError(f"step {step + 1}: {what} are not finite; lower --lr. {run.out} has the "
-                         "last good checkpoint, and in trajectories.jsonl what was sampled")
+        raise ValueError(f"step {step + 1}: {what} are not finite. {begin_anew(run)}")
+
+
+def begin_anew(run: Run) -> str:
+    found = len(checkpoint.checkpoints(run.out))
+    return f"Begin anew with a lower --lr; older checkpoints in {run.out}: {found}"
 
 
 # ---- measure -------------------------------------------------------------------------------------
@@ -469,14 +473,15 @@ def stop_if_diverged(run: Run, step: int) -> None:
 def measured(run: Run, step: int, sampled: list[Trajectory], updates: list[dict], began: float,
              rolled: float) -> dict:
     """The numbers of a step, over all ranks (docs/run.md). Those of an update are of the last one,
-    but for logp_gap: by how much sampler and trainer disagree shows before the first one has moved
-    the policy."""
+    or of one whose gradient was not finite; but logp_gap, by how much sampler and trainer disagree,
+    is of the first one, before which nothing has moved the policy."""
+    told = next((u for u in updates if not math.isfinite(u["grad_norm"])), updates[-1])
     seconds, signal = time.time() - began, signal_of(sampled, run.config).tolist()
     tokens = shard.all_sum(sum(len(t.mask) for t in sampled))
     return {"step": step + 1, **measure(sampled, shard.all_sum),
             "signal_groups": shard.all_sum(sum(signal)) / shard.all_sum(len(signal)),
             "sampled": shard.all_sum(len(sampled)),
-            **updates[-1], "logp_gap": updates[0]["logp_gap"],
+            **told, "logp_gap": updates[0]["logp_gap"],
             "tokens_per_s": tokens / seconds, "rollout_seconds": rolled - began,
             "seconds": seconds, "peak_mb": peak_mb(run.policy.device)}
 
@@ -491,15 +496,16 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     due = stop or done % config.save_every == 0 or done == config.steps
     if run.diverged and done == config.steps:
         raise ValueError(f"step {done}: the last gradient is not finite: these weights are neither "
-                         "saved nor judged. Begin anew with a lower --lr; older checkpoints in "
-                         f"{run.out}: {len(checkpoint.checkpoints(run.out))}")
+                         f"saved nor judged. {begin_anew(run)}")
     if due and not run.diverged:
         watch(run, done)
         checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))
         show_page(run)
     if stop:
-        raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes "
-                                f"on from {checkpoint.newest(run.out)}")
+        saved, how = checkpoint.checkpoints(run.out), begin_anew(run)
+        if saved:                                       # none, if all steps diverged
+            how = f"the same command with --resume goes on from {saved[-1]}"
+        raise KeyboardInterrupt(f"stopped after step {done}; {how}")
 
 
 if __name__ == "__main__":

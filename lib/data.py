@@ -114,9 +114,9 @@ def parse_choices(record: dict, where: str) -> tuple[str, ...]:
 def parse_name(record: dict, field: str, where: str) -> str | None:
     """A text, or a number as a text; None if there is none."""
     value = record.get(field)
-    if not value:
+    if value in (None, ""):
         return None
-    plain = isinstance(value, str | int | float) and is_text(str(value))
+    plain = type(value) in (str, int, float) and is_text(str(value))           # no bool
     expect(plain, where, field, "a text", value)
     return str(value)
 

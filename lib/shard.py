@@ -32,6 +32,7 @@ What is left out: sharded weights (ZeRO-3), communication during computation, CP
 Run it:  python -m lib.shard        # 1 and 2 ranks, 1 and 4 micro-batches agree to rounding
 """
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,8 +60,10 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started, if it did. Returns this rank's device.
 
     timeout: seconds to wait for another rank before it is an error; longer than any rank ever works
-    alone. Raises ValueError for cuda without a GPU."""
+    alone. Raises ValueError for cuda without a GPU, or another device."""
     global STORE
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device: expected cpu or cuda, found {device}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     if device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -130,9 +130,9 @@ def test_defaults(tmp_path):
     record = {"image": GOOD["image"], "question": "Où ? 红", "answer": "ici"}
     nulls = {"choices": None, "boxes": None, "objects": None, "category": None, "id": None}
     first, second, third = read_jsonl(save(tmp_path, record, b"", b"  \t", record | nulls,
-                                           record | {"id": 5}))
+                                           record | {"id": 0}))
     assert (first.text, first.answer, first.id) == ("Où ? 红", "ici", "own-1")
-    assert (second.id, third.id) == ("own-4", "5")
+    assert (second.id, third.id) == ("own-4", "0")
     for question in (first, second, third):
         assert question.choices == question.boxes == () and question.objects == {}
         assert question.category == question.benchmark == "" and question.marks == {}
@@ -203,6 +203,8 @@ BAD = {  # a line, or changes to a good record; and what the message names
     "category a lone surrogate": ({"category": "\ud83d"}, "'category'"),
     "category a list": ({"category": ["pets"]}, "'category'"),
     "id an object": ({"id": {"a": 1}}, "'id'"),
+    "id a bool": ({"id": True}, "'id'"),
+    "category an empty list": ({"category": []}, "'category'"),
     "repeated field": (json.dumps(GOOD)[:-1].encode() + b', "answer": "A"}', "'answer'.*twice"),
     "repeated field, by escape": (json.dumps(GOOD)[:-1].encode() + b', "\\u0061nswer": "A"}',
                                   "'answer'.*twice"),

@@ -196,6 +196,12 @@ def test_alone_all_is_local():
     cleanup()
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_another_device_is_named(device):
+    with pytest.raises(ValueError, match=f"--device: expected cpu or cuda, found {device}$"):
+        setup(device)
+
+
 def test_cuda_without_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", bool)
     with pytest.raises(ValueError, match="--device cuda: torch sees no GPU"):

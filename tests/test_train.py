@@ -26,7 +26,7 @@ from lib.batches import spread
 from lib.data import DataError, write_jsonl
 from lib.policy import Policy
 from tiny.world import World, world_questions
-from train import (FREE, Batch, Config, Questions, accumulate, held_out, own_questions,
+from train import (FREE, Batch, Config, Questions, accumulate, held_out, measured, own_questions,
                    parse_config, roll_out, run_name, take_step, to_batch, token_advantages, train)
 
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_s", "peak_mb"}
@@ -194,7 +194,7 @@ def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
     config = Config(lr=1e-3, grad_clip=1e-3)
     optimiser = shard.ShardedAdamW(learner.parameters)
     run = SimpleNamespace(config=config, optimiser=optimiser, critic=None, policy=learner.policy,
-                          diverged=0, out="runs/x")
+                          diverged=0, out=Path("nowhere"))
     start = weights_of(learner)
 
     def step(A: list[float], number: int) -> dict:
@@ -218,6 +218,16 @@ def test_a_step_is_warmed_up_clipped_and_skipped_if_not_finite(trajectories):
         step([math.nan, 1., -1., 1.], number)
     with pytest.raises(ValueError, match="step 8: three gradients in a row are not finite"):
         step([math.nan, 1., -1., 1.], 7)
+
+
+def test_a_lost_update_is_told(trajectories):
+    """Of two updates the first had no finite gradient: its numbers are the step's."""
+    lost = {"grad_norm": math.nan, "skipped": 1., "logp_gap": 1e-6}
+    good = {"grad_norm": .5, "skipped": 0., "logp_gap": .1}
+    run = SimpleNamespace(config=Config(group=4), policy=SimpleNamespace(device=torch.device("cpu")))
+    for updates, skipped in (([lost, good], 1), ([good, lost], 1), ([good, good], 0)):
+        found = measured(run, 0, trajectories[:4], updates, 0., 0.)
+        assert found["skipped"] == skipped and found["logp_gap"] == updates[0]["logp_gap"]
 
 
 # ---- dynamic sampling ----------------------------------------------------------------------------
@@ -625,6 +635,17 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1; .* --resume"):
         train(small(tmp_path / "run", steps=9, save_every=5))
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
+
+
+def test_a_signal_in_a_step_that_diverged(tmp_path):
+    """Nothing was saved, so nothing can go on; a later one goes on from what was saved."""
+    run = SimpleNamespace(config=small(tmp_path, steps=9), out=tmp_path, diverged=1)
+    with pytest.raises(KeyboardInterrupt, match="step 1; Begin anew with a lower --lr; .*: 0$"):
+        training.save_if_due(run, 0, True)
+    (tmp_path / "step-000001").mkdir()
+    (tmp_path / "step-000001/state-0.pt").touch()
+    with pytest.raises(KeyboardInterrupt, match="step 2; .* --resume goes on from .*000001$"):
+        training.save_if_due(run, 1, True)
 
 
 def test_all_that_is_wrong_with_own_questions_is_named_first(tmp_path):
