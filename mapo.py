@@ -70,9 +70,8 @@ def advantages(r: Tensor, scores: Tensor, looked: Tensor, group: int, beta: floa
     the score pays: "trajectory", all alike, (N,); "look", eq. 5, or "aim", eq. 6: (N, T).
     All are divided by the std of the returns R; std False leaves that out (Dr. GRPO). A group of
     equal returns gets exactly 0; one of nearly equal returns gets advantages as large as any. By
-    look or aim there is no bound: R may hardly differ where the looks of a turn do. (In the
-    trajectories.jsonl of seeds 211 to 215 of the row mapo, 450 trajectories, the largest is 2.9; by
-    trajectory none exceeds sqrt(G - 1).)
+    look or aim there is no bound: R may hardly differ where the looks of a turn do. (The largest of
+    450 trajectories of the row mapo was 2.9; by trajectory none exceeds sqrt(G - 1).)
     The standard deviation divides by G, not by G - 1 as in verl and TRL: a constant factor.
     Raises ValueError on shapes or options that do not fit."""
     check(r, scores, looked, group, beta, lam, credit)
@@ -156,14 +155,15 @@ def aim_credit(r: Tensor, S: Tensor, scores: Tensor, looked: Tensor, group: int,
 # aim, eq. 6    (1 - b) r' + b (s_it - mean s of turn t)  (1 - b) r'              R_i - mean R
 #
 # R_i - mean R of a trajectory that never looked is (1 - b) r' - b mean S. A turn that ended in an
-# error has the advantage of the trajectory's answer; under "look", that of the look that follows,
-# if one does.
+# error has the advantage of an answer; under "look", that of the look that follows, if one does.
+# Under "aim" a look that is the only one of its group in that turn has s_it - mean s = 0.
 
 
 # ---- eq. 4: advantages -> loss -------------------------------------------------------------------
 
 def token_weights(mask: Tensor, mean: str = "trajectory") -> Tensor:
     """w of eq. 4: mask (N, L - 1) of the agent's tokens in the *whole* batch -> same shape, sum 1.
+    (Of several ranks each has its batch; train.to_batch makes the sum over all of them 1.)
 
     mean "trajectory": every trajectory weighs the same; "token": every token does. Computed before
     the first backward, so that micro-batches of any size add up to the same gradient."""

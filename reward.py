@@ -9,8 +9,10 @@ and the last hidden state of each is compared (E5-V, arXiv 2407.12580).
     contrast(l, x) = (cos(l, x) - mean cos(l, x')) / std cos(l, x')                (9)
     s(l, x) = sigmoid(sharpness (contrast(l, x) - threshold))                      (10)
 
-Eq. 9: mean and std are over reference crops x'. This keeps vague labels from paying: a label that
-fits all crops alike has a contrast near 0, and there s = sigmoid(1.5 (0 - 2)) = 0.05.
+Eq. 9: mean and std are over reference crops x', at least 128 random ones of other images. This
+keeps vague labels from paying: to score, a crop must fit the label better than those do, by two of
+their standard deviations. A label that fits every crop has a contrast of 0 on the average, and
+there s = sigmoid(1.5 (0 - 2)) = 0.05 (seen: docs/vague.md).
 Eq. 10: a squashing to [0, 1]. Its two constants, 1.5 and 2, were chosen by hand; docs/score.md
 judges them.
 

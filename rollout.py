@@ -7,7 +7,7 @@ encodings, and another one would have another log-probability than the one that 
 the tool returns is appended as new ids, under mask 0. An *overview* is the whole image, reduced to
 what the model can take; the agent sees it first.
 
-    prompt -> [think, call]* -> crop or error -> .. -> [think, answer]*         * mask 1
+    prompt -> (think, call) -> crop or error -> .. -> (think, answer)      in brackets: mask 1
 
 All conversations of a batch go on side by side; those that have answered leave it. `Tokens` are ids
 with the features of the images in them (lib/policy.py); a `Session` samples the next turn of many
@@ -67,7 +67,8 @@ def collect(policy: Policy, questions: list[Question], group: int = 1, max_turns
             generator: torch.Generator | None = None) -> list[Trajectory]:
     """`group` trajectories of each question, in the questions' order: [q0, q0, .., q1, q1, ..].
 
-    max_turns: turns of the agent, the last of which cannot look any more; max_tokens: per turn.
+    max_turns: turns of the agent; in the last one a call is not carried out, and the trajectory
+    ends as "max_turns"; max_tokens: per turn.
     temperature 0 is greedy. No text of the agent makes this raise. It raises ValueError for a
     prompt that is longer than the model's positions (docs/plan.py says how long a trajectory may
     become), or probabilities that are not finite."""
@@ -170,7 +171,8 @@ def encode_crops(policy: Policy, trajectories: list[Trajectory], active: list[in
 
 
 def observe(policy: Policy, trajectory: Trajectory) -> Tokens:
-    """What the agent reads next, a crop or an error, appended to its trajectory."""
+    """What the agent reads next, a crop or an error, appended to its trajectory. Where the agent's
+    turn ended at </tool_call>, the environment closes it, by <|im_end|> under mask 0."""
     turn = trajectory.turns[-1]
     observation = policy.observation(turn.crop_tokens or turn.message)
     if trajectory.tokens.ids[-1] == policy.end_id:     # the agent has closed its turn itself

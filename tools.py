@@ -66,7 +66,8 @@ def parse(text: str, space: tuple[int, int]) -> Call | Answer:
     """Read one turn of the agent. space: the range of its boxes' coordinates, (width, height) of
     the image that it saw in pixels, or (1000, 1000).
 
-    An answer wins over a call; of several calls the last counts. Raises ToolError, nothing else."""
+    An answer wins over a call; of several calls the last counts. (Our sampler ends a turn at the
+    first closing tag, even one inside a thought.) Raises ToolError, nothing else."""
     said = text[:MAX_TURN_CHARS].rsplit("</think>", 1)[-1]   # a finished thought is no action
     answers, calls = bodies("answer", said), bodies("tool_call", said)
     if answers:

@@ -1,7 +1,7 @@
 """Trajectories -> padded tensors and micro-batches.
 
-What it teaches: the bookkeeping between lists of tokens and tensors. Column j of every tensor here
-speaks of token j + 1 of the trajectory, because a model at token j predicts the next one.
+What it teaches: the bookkeeping between lists of tokens and tensors. In a tensor (N, L - 1) column
+j speaks of token j + 1 of the trajectory, because a model at token j predicts the next one.
 
 Run it:  python -m lib.batches        # three made-up trajectories, cut into micro-batches
 """
@@ -16,8 +16,8 @@ def pad(rows: list[list], fill) -> Tensor:
 
 
 def spread(values: Tensor, trajectories: list) -> Tensor:
-    """(N,), or one value a turn (N, T) -> one value a token (N, L - 1); 0 off the turns' tokens
-    in the second case."""
+    """(N,), or one value a turn (N, T) -> one value a token (N, L - 1). Tokens that are not the
+    agent's may have one, too: their weight w is 0."""
     longest = max(len(t.mask) for t in trajectories)
     if values.ndim == 1:
         return values[:, None].expand(-1, longest - 1)
@@ -29,11 +29,11 @@ def spread(values: Tensor, trajectories: list) -> Tensor:
 
 
 def micro_batches(trajectories: list, rows: list[int], limit: int) -> list[list[int]]:
-    """The rows, cut so that a batch's padded size, each row with its prompt, stays within `limit`
-    tokens (at least one row).
+    """The rows, cut so that a batch's padded size stays within `limit` tokens (at least one row).
 
     Rows are sorted by the longest trajectory of their group: little padding, and trajectories that
-    share a prompt stay together, so that it is computed once a micro-batch."""
+    share a prompt stay together, so that it is computed once a micro-batch. (It is counted with
+    each row all the same.)"""
     lengths = {i: len(trajectories[i].mask) for i in rows}
     longest = {}                                           # of each group, by its prompt
     for i in rows:

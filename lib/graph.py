@@ -6,12 +6,12 @@ waits. A *CUDA graph* is a recorded list of kernels, which is sent at once. A re
 and writes the same addresses each time, so whatever changes from token to token must lie in a
 tensor of fixed place and shape:
 
-    ids, positions, the column      in `fed`, which is written before each replay; the column, too,
-                                    must be a tensor: a number would be recorded as it was
+    ids, positions, who speaks,     in `fed`, which is written before each replay; the column, too,
+    the column                      must be a tensor: a number would be recorded as it was
     the mask, keys and values       as wide as the turn can become, not as it is
 
-This class replaces lib/sampler.py's, whose loop it uses as it stands: the same tokens, but for
-rounding. docs/gpu.md has what it gains.
+On a GPU this class takes the place of lib/sampler.py's, whose loop it uses as it stands: the same
+tokens, but for rounding. docs/gpu.md has what it gains.
 
 Run it:  python -m lib.graph      # a turn with a fixed and with a growing cache: the same tokens
 """

@@ -3,7 +3,8 @@
 What it teaches: a reward is an invitation. If a vague label scored well, the agent would learn to
 write vague labels; if hidden characters passed, it could hide words in them. So a label is a short,
 visible text that names something. How vague labels are kept from paying by the *score* is eq. 9 of
-reward.py; here they are refused outright.
+reward.py; here they are refused outright. (So is "the box", although a picture may show one; "the
+cardboard box" is not.)
 
 Run it:  python -m lib.labels "the red sign" "the object" "th3 obj ect"      # fit, or why not
 """

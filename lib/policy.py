@@ -358,7 +358,7 @@ def not_finite(model: torch.nn.Module) -> list[str]:
 
 
 def harmless(text: str) -> str:
-    """Text from outside must not smuggle in special tokens."""
+    """Text from outside must not smuggle in control tokens, such as <|im_end|> or <|image_pad|>."""
     return text.replace("<|", "< |")
 
 

@@ -69,7 +69,8 @@ def shows(box: Box, target: Box) -> bool:
     """The crop contains the target and is close enough to read it.
 
     Close enough: its longest side is at most 2.5 times the target's. A crop keeps a bounded number
-    of pixels, so a wide one is as blurred as the overview (tests/test_world.py)."""
+    of pixels, so a wide one is as blurred as the overview (tests/test_world.py). The 2.5 is that of
+    the small crops of tiny/: a real model's crops have more pixels, and it may read more."""
     return holds(box, target) and longest_side(box) <= 2.5 * longest_side(target)
 
 

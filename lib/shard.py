@@ -122,7 +122,8 @@ def agree(error: Exception | None = None) -> None:
 
 @contextmanager
 def together():
-    """`with together(): ...` is left by all ranks, or all raise. No collectives inside."""
+    """`with together(): ...` is left by all ranks, or all raise. Inside stand no collectives, and
+    nothing that has a `together` of its own."""
     error = None
     try:
         yield

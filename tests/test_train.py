@@ -224,7 +224,8 @@ def test_a_lost_update_is_told(trajectories):
     """Of two updates the first had no finite gradient: its numbers are the step's."""
     lost = {"grad_norm": math.nan, "skipped": 1., "logp_gap": 1e-6}
     good = {"grad_norm": .5, "skipped": 0., "logp_gap": .1}
-    run = SimpleNamespace(config=Config(group=4), policy=SimpleNamespace(device=torch.device("cpu")))
+    policy = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(config=Config(group=4), policy=policy)
     for updates, skipped in (([lost, good], 1), ([good, lost], 1), ([good, good], 0)):
         found = measured(run, 0, trajectories[:4], updates, 0., 0.)
         assert found["skipped"] == skipped and found["logp_gap"] == updates[0]["logp_gap"]

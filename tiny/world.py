@@ -48,7 +48,7 @@ STREAMS = {"train": 0, "test": 1, "cold": 2}
 
 @dataclass(frozen=True)
 class World:
-    """How hard the world is. Every share is a probability per question."""
+    """How hard the world is. A share is the probability that a question is of that kind."""
     objects: int = 6          # a scene, 2 to 16; no two are alike in both shape and colour
     options: int = 4          # of a question, 2 to 8; 0 asks openly
     comparison: float = 0.25  # share of comparison questions
