@@ -22,7 +22,7 @@ column j speaks of token j + 1, as nothing predicts the first token.
 
 MAPO (arXiv 2604.06777) publishes no formula that we could reach. Eq. 1 and 2 are our reading of
 it, and each number is an option. README.md lists what is the paper's and what is assumed.
-docs/theory.md says when the coupling pays, and where it fails.
+docs/theory.md says when the coupling pays, and where it fails; docs/credit.md, which turn to pay.
 
 Run it:  python mapo.py     # advantages of a group of five, by each row's beta, by each credit; 2 s
 """

@@ -190,7 +190,7 @@ def clip_scaled(options: str, factor: float) -> str:
 
 def harder(compared: dict[str, str], objects: int, first: str) -> Part:
     """More objects a scene than the six with which the start was taught. Among 16 it hardly ever
-    looks: docs/theory.md, section 4, predicts that credit by aim then hardly teaches it."""
+    looks: docs/credit.md predicts that credit by aim then hardly teaches it."""
     compared = compared | {"mapo, by trajectory": MAPO.replace("aim", "trajectory")}
     rows = {row: f"{options} --objects {objects}" for row, options in compared.items()}
     return part(range(200, 208), rows, f"{SMALL}1000", first)

@@ -4,12 +4,12 @@ What it teaches: how to compare algorithms *before* training. One policy, one se
 the advantages differ. At the first update each ratio of eq. 4 is 1 and nothing is clipped. So the
 gradient of a question's group is linear in the advantages:
 
-    g_q = sum_it C_it u_it                                                        (22)
-    |G|^2 = mean of <g_q, g_q'> over q != q',  SNR = |G|^2 / (mean |g_q|^2 - |G|^2)        (23)
+    g_q = sum_it C_it u_it                                                        (23)
+    |G|^2 = mean of <g_q, g_q'> over q != q',  SNR = |G|^2 / (mean |g_q|^2 - |G|^2)        (24)
 
-Eq. 22: u_it is the gradient of the log-probability of what trajectory i wrote in turn t; C_it is
+Eq. 23: u_it is the gradient of the log-probability of what trajectory i wrote in turn t; C_it is
 its advantage times its weight. Each u is computed once, and every algorithm is a sum.
-Eq. 23: G is the mean of g over all possible questions. Only products are asked for, so a u of
+Eq. 24: G is the mean of g over all possible questions. Only products are asked for, so a u of
 860,000 numbers is kept as a sketch of 8,192. docs/probe.md explains both, and has the numbers.
 
 Run it:  python docs/probe.py --models tiny runs/mapo      # 17 minutes
@@ -53,7 +53,7 @@ PAGE, NUMBERS = ROOT / "docs/probe.md", ROOT / "docs/probe.jsonl"
 MEASURED = "## What was measured"              # the part of the page that is made
 
 
-# ---- eq. 22: gradients ---------------------------------------------------------------------------
+# ---- eq. 23: gradients ---------------------------------------------------------------------------
 
 def count_sketch(dimension: int, width: int = WIDTH, seed: int = 0) -> Callable[[Tensor], Tensor]:
     """A linear map (dimension,) -> (width,) that keeps products on average (Charikar, Chen,
@@ -78,7 +78,7 @@ def counted(trajectories: list[Trajectory], kind: str) -> Tensor:
 
 
 def score_vectors(policy: Policy, trajectories: list[Trajectory]) -> Tensor:
-    """u of eq. 22, sketched: (N, TURNS, WIDTH); 0 for a turn that there was not."""
+    """u of eq. 23, sketched: (N, TURNS, WIDTH); 0 for a turn that there was not."""
     parameters = policy.freeze_vision()
     sketch = count_sketch(sum(p.numel() for p in parameters))
     u = torch.zeros(len(trajectories), TURNS, WIDTH)
@@ -97,7 +97,7 @@ def paid_for_hits(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple[Tensor, Tensor]:
-    """C of eq. 22 (N, TURNS), by the code that trains, and which questions are kept (n,).
+    """C of eq. 23 (N, TURNS), by the code that trains, and which questions are kept (n,).
 
     The batch's gradient is the mean of g_q over those kept. What belongs to the whole batch, its
     count of tokens, counts as constant."""
@@ -116,7 +116,7 @@ def coefficients(trajectories: list[Trajectory], name: str, group: int) -> tuple
     return C * weight.max(1, keepdim=True).values * kept.sum(), kept
 
 
-# ---- eq. 23, for weights of the questions W (B, n) -----------------------------------------------
+# ---- eq. 24, for weights of the questions W (B, n) -----------------------------------------------
 
 def resamples(n: int, count: int = RESAMPLES) -> Tensor:
     """(1 + count, n): ones, then how often each of n questions is drawn, with replacement."""
@@ -164,7 +164,7 @@ def compare(trajectories: list[Trajectory], u: Tensor, W: Tensor,
     for name in ROWS:
         C, kept = coefficients(trajectories, name, group)
         for kind in KINDS:
-            g = torch.bmm((C * counts[kind]).view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]   # eq. 22
+            g = torch.bmm((C * counts[kind]).view(n, 1, -1), u.view(n, -1, WIDTH))[:, 0]   # eq. 23
             signal, noise = signal_noise(g @ g.T, W * kept)
             snr[kind][name] = signal / noise
     return snr

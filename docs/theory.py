@@ -1,12 +1,12 @@
-"""The variance theory, predicted and measured: every number of docs/theory.md.
+"""The variance theory, predicted and measured: every number of docs/theory.md and credit.md.
 
 What it teaches: a proposition is worth what its check is worth. Each function below is one
-experiment. It states a proposition of docs/theory.md, where the equations and the proofs are, and
+experiment. It states a proposition of these two pages, where the equations and proofs are, and
 returns what the proposition predicts beside what was measured. What is measured goes through
 mapo.advantages, the code that trains: on a sample, with its standard error, or exactly, over all
 groups of trajectories that there can be.
 
-Run it:  python docs/theory.py        # every table of docs/theory.md; 4 s
+Run it:  python docs/theory.py        # every table of both; 7 s
 """
 import math
 import sys
@@ -79,6 +79,15 @@ class Looking:
         d_s = self.mu[1] - self.mu[0]
         return Moments(1 - self.eps - self.luck, d_s, v_r, v_s, self.shared * v_r)
 
+    def gradient_snr(self, beta: float, group: int = 8) -> float:
+        """Eq. 18, under the uniform policy of `sample`: of k places one shows the evidence."""
+        k, grad_p = 1 - self.p, self.p ** 2 * (1 - self.p)       # |phi|^2; |gradient of p|^2
+        snr = self.moments.snr(beta)
+        if not snr:
+            return 0.
+        noise = k / ((group - 1) * grad_p) * (1 / snr + self.p * (1 - self.p))
+        return 1 / (noise - (group - 2) / (group * (group - 1)))
+
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         """Places under a uniform policy (place 0 shows the evidence), outcomes, scores: `shape`."""
         place = torch.randint(0, round(1 / self.p), shape, generator=generator)
@@ -117,33 +126,36 @@ def policy_gradient(A: Tensor, action: Tensor, actions: int, group: int) -> Tens
     return (A[:, None] * phi).view(-1, group, actions).mean(1)
 
 
-def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8,
-            seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Coupled returns (N,), z (N,), and each question's gradient by eq. 3 (questions, places)."""
+def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8, seed: int = 0,
+            std: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Coupled returns (N,), z (N,), and each question's gradient by eq. 3 (questions, places); std:
+    with its division by the group's deviation."""
     place, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
-    A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta)
+    A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta, std=std)
     gradient = policy_gradient(A, place, round(1 / model.p), group)
     return (1 - beta) * r + beta * s, place == 0, gradient
 
 
-def edge(model: Looking, beta: float, **size) -> tuple[float, tuple[Tensor, Tensor]]:
-    """SNR at beta over SNR at 0: by eq. 15, and of the policy gradient, with its error."""
+def edge(model: Looking, beta: float, **size) -> tuple[float, float, tuple[Tensor, Tensor]]:
+    """SNR at beta over that at 0: by eq. 15, by eq. 18, and of the gradient, with its error."""
     g, g_0 = sampled(model, beta, **size)[2], sampled(model, 0., **size)[2]
-    return model.moments.snr(beta) / model.moments.snr(0.), with_error(snr_ratio, g, g_0)
+    return (model.moments.snr(beta) / model.moments.snr(0.),
+            model.gradient_snr(beta) / model.gradient_snr(0.), with_error(snr_ratio, g, g_0))
 
 
 # ---- propositions 1 to 3 -------------------------------------------------------------------------
 
 def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list[tuple]:
-    """Proposition 1: the group's mean removes what differs between questions, eq. 13 and 14.
+    """Proposition 1: what baselines remove, and the group's mean among them; eq. 13 and 14.
 
     Half of the questions are easy, P(r=1) = .5, the others hard, .1. Where the look is right, one
     place of four, it is .4 more. So E[r | q] is .6 or .2, and Var(r) = .2 within + .04 between.
-    The gradient of E[r | q] is (.075, -.025, -.025, -.025) in both kinds of question.
-    Returns rows: what, predicted, (measured, error)."""
+    The gradient of E[r | q] is (.075, -.025, -.025, -.025) in both kinds of question; its square
+    is .0075, and |phi|^2 is .75. Returns rows: what, predicted, (measured, error)."""
     g = torch.Generator().manual_seed(seed)
     place = torch.randint(0, 4, (questions, group), generator=g)
     base = torch.where(torch.rand(questions, 1, generator=g) < .5, .5, .1)
+    true_mean = base + .1
     r = (torch.rand(questions, group, generator=g) < base + .4 * (place == 0)).float()
     total, within = (r - .4).square().mean(1), r.var(1)
     centred = r - r.mean(1, keepdim=True)
@@ -154,13 +166,21 @@ def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list
             ("between questions", .04, with_error(mean, total - within)),
             ("left after the mean, eq. 14", .20 * (1 - 1 / group),
              with_error(mean, centred.square().mean(1)))]
-    exact = torch.tensor([.075, -.025, -.025, -.025])
-    for name, A, length in (("no baseline", r, 1.), ("mean of the others", others, 1.),
-                            ("mean of all", centred, 1 - 1 / group)):
+    exact, square = torch.tensor([.075, -.025, -.025, -.025]), .0075
+
+    def alone(second_moment: float) -> float:          # E[A^2], if A_i depends on no other r
+        return square * group / (.75 * second_moment - square)
+
+    of_group = square / (.75 * .20 / (group - 1) - (group - 2) / (group * (group - 1)) * square)
+    for name, A, length, snr in (
+            ("none", r, 1., alone(.40)), ("a constant, .4", r - .4, 1., alone(.24)),
+            ("mean of the others", others, 1., of_group),
+            ("mean of the group", centred, 1 - 1 / group, of_group),
+            ("true mean of the question", r - true_mean, 1., alone(.20))):
         gradient = policy_gradient(A.flatten(), place.flatten(), 4, group)
-        along = gradient @ exact / exact.square().sum()
+        along = gradient @ exact / square
         rows += [(f"length, {name}", length, with_error(mean, along)),
-                 (f"SNR, {name}", "", with_error(snr_of, gradient))]
+                 (f"SNR, {name}", snr, with_error(snr_of, gradient))]
     return rows
 
 
@@ -180,9 +200,9 @@ def vague_label(beta: float, vague_score: float | None) -> float:
 
 def credit_effect(turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
                   seed: int = 0) -> list[tuple]:
-    """Proposition 3: a look is paid with less noise if only what it can change is counted, eq. 18.
+    """Proposition 3: a look is paid with less noise if only what it can change is counted, eq. 19.
 
-    Three independent looks, S alone. Returns rows: turn and credit, eq. 18, (measured, error) on
+    Three independent looks, S alone. Returns rows: turn and credit, eq. 19, (measured, error) on
     what the look is paid, and (SNR, error) of its policy gradient."""
     model = Looking()
     place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
@@ -205,9 +225,28 @@ def credit_effect(turns: int = 3, lam: float = .95, group: int = 8, questions: i
     return rows
 
 
+def look_lengths(turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
+                 seed: int = 0) -> list[tuple]:
+    """Credit by look pays later looks more: how long each turn's update is beside its part of the
+    gradient of E[S]. Returns rows: turn, W_1 / W_t - 1 / G, (measured, error)."""
+    model = Looking()
+    place, _, s = model.sample((questions * group, turns), torch.Generator().manual_seed(seed))
+    A = advantages(torch.zeros(len(s)), s, torch.ones_like(s, dtype=torch.bool), group, 1., lam,
+                   "look", std=False)
+    w = [lam ** (turns - 1 - t) for t in range(turns)]
+    grad_p, rows = model.p * (torch.eye(4)[0] - 1 / 4), []
+    for t in range(turns):
+        exact = w[t] / sum(w) * model.moments.d_s * grad_p
+        gradient = policy_gradient(A[:, t], place[:, t], 4, group)
+        along = gradient @ exact / exact.square().sum()
+        rows.append((f"turn {t + 1}", sum(w) / sum(w[t:]) - 1 / group,
+                     with_error(torch.Tensor.mean, along)))
+    return rows
+
+
 def answers(luck: float, credit: str, beta: float = .4, count: int = 200_000,
             seed: int = 0) -> list[tuple]:
-    """S in an answer's advantage: no signal, and noise of either sign, eq. 19.
+    """S in an answer's advantage: no signal, and noise of either sign, eq. 20.
 
     After one look the agent writes two words. The first decides: it is right with P(r | z), one
     logit for each z. The second is a coin and changes nothing. One group of `count` trajectories,
@@ -299,13 +338,13 @@ def two_looks(first: float, beside: float, true: float, on: float = .7) -> list[
 
 
 def kept(chance: float, group: int) -> float:
-    """Eq. 21."""
+    """Eq. 22."""
     return 1 - (1 - (1 - chance) ** group) / (group * chance)
 
 
 def aim_objective(first: float, beside: float, true: float, on: float = .7,
                   group: int = 8) -> list[float]:
-    """Eq. 20 for the four logits of `two_looks`, times eq. 21."""
+    """Eq. 21 for the four logits of `two_looks`, times eq. 22."""
     miss, mean = 1 - first, (1 - first) * beside + first * true
     spread = miss * beside * (1 - beside) + first * true * (1 - true)
     first_aim = first * miss * .89 * kept(1., group)
@@ -355,7 +394,8 @@ def show(title: str, head: list, rows: list[tuple], width: int = 17, digits: int
 
 
 def score_rows() -> list[tuple]:
-    """Proposition 2: eq. 15, measured on returns and on policy gradients."""
+    """Proposition 2: eq. 15, and measured on returns; eq. 18, and measured on policy gradients,
+    also with eq. 3's division by the group's deviation, which eq. 18 leaves out."""
     models = {"good score, sd .2": Looking(), "noisy score, sd .6": Looking(sd=.6),
               "useless score": Looking(mu=(.5, .5)), "two options, luck 1/2": Looking(luck=.5),
               "no luck, noisy score": Looking(luck=0., eps=.05, sd=.6),
@@ -364,10 +404,15 @@ def score_rows() -> list[tuple]:
     rows = []
     for name, model in models.items():
         m, samples = model.moments, [sampled(model, b) for b in BETAS]
+        divided = [sampled(model, b, std=True) for b in BETAS]
         rows.append((name, *(m.snr(b) for b in BETAS), "", m.best_beta,
                      m.break_even if m.break_even < 1 else "never"))
-        for kind, found in (("returns", [with_error(scalar_snr, R, z) for R, z, _ in samples]),
-                            ("gradient", [with_error(snr_of, g) for *_, g in samples])):
+        measured = {"returns": [with_error(scalar_snr, R, z) for R, z, _ in samples],
+                    "gradient": [with_error(snr_of, g) for *_, g in samples],
+                    "gradient, with std": [with_error(snr_of, g) for *_, g in divided]}
+        for kind, found in measured.items():
+            if kind == "gradient":
+                rows.append(("   gradient, eq. 18", *map(model.gradient_snr, BETAS)))
             values, errors = zip(*found)
             rows.append((f"   {kind}", *values, max(errors)))
     return rows
@@ -408,17 +453,20 @@ def two_looks_rows() -> list[tuple]:
                         "better after true": (.5, .2, .6)}.items():
         rows += [(f"{name}, {c}", *expected_update(two_looks(*world), [0, 1, 1, 1], c))
                  for c in CREDITS]
-        rows.append(("   aim by eq. 20 and 21", *aim_objective(*world)))
+        rows.append(("   aim by eq. 21 and 22", *aim_objective(*world)))
     return rows
 
 
 def luck_rows() -> list[tuple]:
+    """Luck and eps as GRPO had them in its first 20 steps (docs/limits.md, its section Luck): from
+    accuracy a, hit h and lucky l, luck = a l / (1 - h) and eps = 1 - a (1 - l) / h."""
     rows = []
-    for k, luck in (2, 1 / 2), (4, 1 / 4), (8, 1 / 8), ("open", .001):
-        model = Looking(luck=luck, eps=.05, mu=(.17, .64), sd=.06 ** .5)
-        m, (predicted, gradient) = model.moments, edge(model, .4)
-        rows.append((f"{k} options", m.snr(0.), m.snr(.4), predicted, gradient, m.best_beta,
-                     m.snr(m.best_beta) / m.snr(0.)))
+    for name, luck, eps in (("2 options", .38, .19), ("4 options", .23, .20),
+                            ("8 options", .16, .21), ("open", .11, .19)):
+        model = Looking(luck=luck, eps=eps, mu=(.17, .64), sd=.06 ** .5)
+        m = model.moments
+        rows.append((f"{name}, luck {luck:.2f}", m.snr(0.), m.snr(.4), *edge(model, .4),
+                     m.best_beta))
     return rows
 
 
@@ -430,16 +478,18 @@ def main() -> None:
     show("a vague label: cosine of grad E[R] and grad E[r]", betas[:-1],
          [(f"vague scores {score or 'as specific'}", *(vague_label(b, score) for b in BETAS))
           for score in (None, .2, .425, .95)], 9, 3)
-    show("3. three looks, S alone: SNR", ["eq. 18", "measured", "gradient"], credit_effect(), 17, 3)
+    show("credit: three looks, S alone: SNR", ["eq. 19", "measured", "gradient"], credit_effect(),
+         17, 3)
+    show("credit by look: length of the update", ["predicted", "measured"], look_lengths(), 17, 3)
     show("baselines by turn: gradient of", ["going on", "exact", "looking well", "exact"],
          stopping_rows(), 14)
     for luck in (.25, .5):
         for credit in ("trajectory", "look"):
-            show(f"4. an answer's words, luck {luck}, credit {credit}", ["predicted", "measured"],
+            show(f"an answer's words, luck {luck}, credit by {credit}", ["predicted", "measured"],
                  answers(luck, credit))
     show("what the score does to the choice to look", list(CREDITS), choice_rows(), 12)
     show("two looks", ["first aim", "on, beside", "on, true", "second aim"], two_looks_rows(), 12)
-    show("5. luck", ["SNR, b=0", "b=.4", "ratio", "of gradients", "best b", "ratio there"],
+    show("3. luck", ["SNR, b=0", "b=.4", "ratio", "eq. 18", "of gradients", "best b"],
          luck_rows(), 16, 3)
 
 

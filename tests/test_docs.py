@@ -4,8 +4,10 @@ import ast
 import graphlib
 import importlib
 import json
+import math
 import re
 import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -199,19 +201,41 @@ def test_development_shares_nothing_with_what_is_reported():
     assert not seeds[True] & seeds[False]
 
 
+def p_value(values: list[float]) -> float:
+    """Student's t test of the mean 0, two-sided: the density's tail, from t to infinity, as a sum
+    over u in (0, 1) with x = t + u / (1 - u)."""
+    df = len(values) - 1
+    t = abs(statistics.mean(values)) / statistics.stdev(values) * math.sqrt(len(values))
+    scale = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
+    tail = 0.
+    for i in range(2000):
+        u = (i + .5) / 2000
+        tail += (1 + (t + u / (1 - u)) ** 2 / df) ** (-(df + 1) / 2) / (1 - u) ** 2 / 2000
+    return 2 * scale * tail
+
+
+def test_a_p_value_by_a_table():
+    """Student's: of 16 values t = 2.131 is the bound of 95%, of 3 values 4.303."""
+    for n, t in ((16, 2.131), (3, 4.303)):
+        values = [(-1.) ** i for i in range(n)]
+        offset = t * statistics.stdev(values) / n ** .5 - statistics.mean(values)
+        assert p_value([v + offset for v in values]) == pytest.approx(.05, abs=1e-4)
+
+
+def test_holms_correction_keeps_the_leads():
+    """All are kept if the k-th largest p-value is at most .05 / k (Holm 1979)."""
+    _, group = experiments.chosen("table", records_of("experiments"))
+    columns = [name for name in experiments.END if name.split(",")[0] in ("accuracy", "hit", "gap")]
+    p = sorted((p_value(experiments.differences(group, pairs, experiments.END[column]))
+                for pairs in experiments.parts()["table"].differences.values()
+                for column in columns), reverse=True)
+    assert len(p) == 25 and all(value <= .05 / k for k, value in enumerate(p, 1))
+
+
 def test_a_clip_range_is_scaled():
     scaled = experiments.clip_scaled
     assert scaled("--algo gspo --clip 10 --beta 0.4", .5) == "--algo gspo --clip 5 --beta 0.4"
     assert scaled("--algo grpo", 2) == "--algo grpo --clip 2"
-
-
-def test_words_are_no_code():
-    """Comments and docstrings, new ones too, leave a run's code as it is; a number does not."""
-    plain = "def f(x):\n    return x + 1\nclass A:\n    pass\n"
-    told = ('"""A file."""\ndef f(x):  # words\n    """Adds."""\n    return x + 1\n'
-            'class A:\n    """Empty."""\n')
-    assert record.statements(told) == record.statements(plain)
-    assert record.statements(plain.replace("1", "2")) != record.statements(plain)
 
 
 def test_expected_time_by_hand():
@@ -340,7 +364,7 @@ def test_a_run_whose_code_changed_is_not_recorded(trainer, monkeypatch):
 
 
 def test_code_is_what_shapes_a_run(tmp_path, monkeypatch):
-    """A comment or a docstring may be reworded; a number may not be changed."""
+    """A comment or a docstring may be reworded or new; a number may not be changed."""
     for name in (*record.SHAPES_A_RUN, "tiny/model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -351,6 +375,7 @@ def test_code_is_what_shapes_a_run(tmp_path, monkeypatch):
         return record.present()[1]
     first = code('"""One."""\ndef f():\n    """Two."""\n    return .4\n')
     assert code('"""1"""\ndef f():  # new\n    """2"""\n    return 0.4\n') == first
+    assert code("def f():\n    return .4\n") == first
     assert code('"""One."""\ndef f():\n    """Two."""\n    return .5\n') != first
 
 
@@ -364,7 +389,8 @@ def test_what_is_recorded_says_where_it_came_from():
 # ---- equations -----------------------------------------------------------------------------------
 
 EQUATION = re.compile(r"^ {4,}(\S.*\S) {2,}\((\d+)\)$", re.MULTILINE)
-PLACES = ("mapo.py", "reward.py", "lib/critic.py", "docs/theory.md", "docs/probe.md")
+PLACES = ("mapo.py", "reward.py", "lib/critic.py", "docs/theory.md", "docs/credit.md",
+          "docs/probe.md")
 
 
 def equations(path: Path | str) -> list[tuple[int, str]]:

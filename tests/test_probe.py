@@ -20,7 +20,7 @@ import probe
 import theory
 
 
-# ---- eq. 22 --------------------------------------------------------------------------------------
+# ---- eq. 23 --------------------------------------------------------------------------------------
 
 def test_sketch_keeps_inner_products():
     """Over 200 sketches: linear, unbiased, and off by no more than the stated sqrt(2 / width)."""
@@ -107,7 +107,7 @@ def test_all_is_looks_and_answers_and_errors(sketched):
     assert torch.allclose(total, torch.einsum("nk,nkm->m", C, u), atol=1e-4)
 
 
-# ---- eq. 23 --------------------------------------------------------------------------------------
+# ---- eq. 24 --------------------------------------------------------------------------------------
 
 def synthetic(n: int, generator: torch.Generator) -> torch.Tensor:
     """n gradients with |G|^2 = .25 and tr Cov = 10."""
