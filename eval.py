@@ -37,7 +37,7 @@ from lib.policy import Policy, Tokens
 from lib.question import Question
 from reward import Scorer, astray, hit, measure, outcome, score_looks
 from rollout import Trajectory, Turn, collect
-from show import film_strip, stack, write_page
+from show import film_strip, is_same, stack, write_page
 from tiny.world import World, world_questions
 from tools import Call
 
@@ -200,13 +200,24 @@ def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Questi
     """Its encoder is the frozen model at which training began, as train.py notes it beside the
     weights; else the model itself. Reference crops are of --data, or of the world. (A run on your
     own questions took them from its training file: its scores differ a little.)"""
-    base, encoder = trained_with(args.model).get("model", args.model), policy
-    if base != args.model:
-        if not Path(base).is_dir():
+    note, encoder = trained_with(args.model).get("model"), policy
+    if note:
+        base = checkpoint.ROOT / note
+        if not base.is_dir():
             raise FileNotFoundError(f"{base}: the model at which training began, which scores the "
                                     "looks, is gone; --no_score judges without it")
         encoder = Policy(base, policy.device, policy.model.dtype)
     return Scorer(encoder, questions[:64] if args.data else None)
+
+
+def to_resume(begun: list[Path], settings: dict) -> Path:
+    """The last evaluation that was begun with these settings; else the last, of which open_folder
+    then says what differs."""
+    if not begun:
+        raise FileNotFoundError("--resume: expected an evaluation in --out, found none")
+    same = [path for path in begun
+            if json.loads((path / "settings.json").read_text(encoding="utf-8")) == settings]
+    return (same or begun)[-1]
 
 
 def open_folder(out: Path, settings: dict) -> None:
@@ -227,6 +238,10 @@ def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questio
     """This rank's batches. A batch and its seed do not depend on the number of ranks, so neither
     does the table. A batch of which answers are missing is asked whole: its draws are the same."""
     done, rank = read_predictions(out), shard.rank()
+    for n, saved in done.items():
+        if n < len(questions) and not is_same(questions[n], saved):
+            raise ValueError(f"{out}: answer {n} is to {saved['question'][:80]!r}, found now "
+                             f"{questions[n].text[:80]!r}: the questions have changed; begin anew")
     starts = range(rank * args.batch, len(questions), shard.ranks() * args.batch)
     for start in tqdm(starts, disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
         numbers = range(start, min(start + args.batch, len(questions)))
@@ -279,16 +294,16 @@ def run(args: argparse.Namespace) -> None:
         args.batch = args.batch or (8 if name else 64)
         policy = Policy(args.model, device, getattr(torch, args.dtype), args.coordinates)
         scorer = None if args.no_score else load_scorer(args, policy, every)
-        taken, out = checkpoint.next_folders(Path(args.out))
-        if args.resume:                    # the last that was begun
-            out = ([path for path in taken if predictions(path)] or [Path(args.out)])[-1]
         settings = {key: value for key, value in vars(args).items() if key not in FREE}
+        taken, out = checkpoint.next_folders(Path(args.out))
+        if args.resume:
+            out = to_resume([path for path in taken if predictions(path)], settings)
     with shard.together():
         if shard.rank() == 0:
             if Path(args.model) != named:
                 print(f"judging {args.model}, the newest weights of {named}")
             if out != Path(args.out):
-                print(f"{args.out} holds a run; this one has --out {out}")
+                print(f"the evaluation's folder is {out}: {args.out} holds another run")
             open_folder(out, settings)
     with shard.together():
         ask(args, policy, scorer, questions, out)
@@ -331,6 +346,9 @@ def main() -> None:
         sys.exit("\neval.py: stopped; the same command with --resume asks the rest")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"eval.py: {shard.named(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"eval.py: {shard.named(error)}\nTake a smaller --batch, or limit the images "
+                 "(docs/larger.md)")
     finally:
         shard.cleanup()
 

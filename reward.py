@@ -24,6 +24,7 @@ Run it:  python reward.py       # the scores of labels x crops of one image
 """
 import math
 import re
+import unicodedata
 from typing import Callable
 
 import numpy as np
@@ -99,8 +100,8 @@ class Scorer:
 
 
 def plain(label: str) -> str:
-    """In lower case, and without an article before it."""
-    return re.sub(r"^(the|a|an) ", "", label.lower())
+    """In lower case, and without an article before it. (NFKC: as lib/labels.py cleans a label.)"""
+    return re.sub(r"^(the|a|an) ", "", unicodedata.normalize("NFKC", label).lower())
 
 
 def random_crop(policy: Policy, image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -119,8 +119,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         parser.add_argument(f"--{f.name}", default=f.default, **kind, **f.metadata)
     config = Config(**vars(parser.parse_args(arguments)))
     least = {"steps": 1, "questions": 1, "group": 2, "updates": 1, "max_turns": 1, "max_tokens": 1,
-             "save_every": 1, "eval_questions": 0, "eval_start": 0}   # a group of 1: no baseline
-    for name, value in least.items():
+             "save_every": 1, "eval_questions": 0, "eval_start": 0, "seed": 0}
+    for name, value in least.items():              # a group of one has no baseline
         if getattr(config, name) < value:
             parser.error(f"--{name}: expected at least {value}, found {getattr(config, name)}")
     for name in ("temperature", "lr", "critic_lr", "clip", "grad_clip"):
@@ -254,9 +254,8 @@ def prepare(config: Config) -> Run:
 
 
 def settings(config: Config) -> dict:
-    """The configuration as it is saved beside a model: the frozen base by its full path."""
-    base = str(checkpoint.newest(config.model).resolve())
-    return dataclasses.asdict(config) | {"model": base}
+    """The configuration as it is saved beside a model, with the frozen base's folder."""
+    return dataclasses.asdict(config) | {"model": checkpoint.noted(config.model)}
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -518,5 +517,8 @@ if __name__ == "__main__":
         sys.exit(f"\ntrain.py: {stop or 'stopped'}")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"train.py: {shard.named(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {shard.named(error)}\nTake a smaller --micro_tokens, --questions or "
+                 "--group, or --recompute; docs/plan.py computes what fits")
     finally:
         shard.cleanup()

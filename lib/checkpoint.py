@@ -30,6 +30,9 @@ from lib import shard
 from lib.policy import Policy, not_finite
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 # ---- folders -------------------------------------------------------------------------------------
 
 def holds_a_run(folder: Path) -> bool:
@@ -78,10 +81,12 @@ def lock(folder: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
-        except OSError:
+        except BlockingIOError:
             if process := owner(folder):        # else one that only asked, as `owner` does
                 raise ValueError(f"{folder}: process {process} writes there; wait for its end, or "
                                  "choose another --out") from None
+        except OSError:                         # a disk of a cluster that knows no locks
+            break
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -95,9 +100,11 @@ def owner(folder: Path) -> str:
     with (folder / "lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return ""
-        except OSError:
+        except BlockingIOError:
             return file.read() or "?"
+        except OSError:
+            pass
+        return ""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -110,6 +117,13 @@ def newest(folder: str | Path) -> Path:
     folder = Path(folder)
     found = checkpoints(folder)
     return found[-1] if found else folder
+
+
+def noted(folder: str | Path) -> str:
+    """A model's directory as a run notes it: within the project from ROOT on, so that both may be
+    moved; else the full path. ROOT / noted(..) finds it."""
+    path = newest(folder).resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -248,6 +262,7 @@ def signals_noted():
         if came:
             raise KeyboardInterrupt
         came.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once, and saves nothing\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,7 +9,7 @@ Your own questions (lib/question.py) stand in a .jsonl file, one object a line (
      "category": "signs", "boxes": [[10, 20, 50, 60]], "objects": {"sign": [10, 20, 50, 60]}}
 
 Only image, question and answer are needed. The image is a path relative to the file. Boxes are
-[x1, y1, x2, y2] in pixels of the original image.
+[x1, y1, x2, y2] in pixels of the original image, as it is shown: turned by its EXIF note.
 
 Run it:  python -m lib.data runs/world/questions.jsonl  # a summary; `python -m tiny.world` makes it
 """
@@ -285,8 +285,8 @@ def describe(title: str, questions: Iterable[Question], bad: list[DataError]) ->
         print(f"{name:12}{', '.join(counts)}")
     for question in questions[:3]:
         print(f"\n{question.id}: {question.prompt}\n-> {question.answer}")
-    if bad:
-        raise SystemExit(listed(bad))
+    if bad or not questions:
+        raise SystemExit(listed(bad) or "expected questions, found none")
 
 
 if __name__ == "__main__":

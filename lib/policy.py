@@ -40,6 +40,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 SLOT = "{slot}"                         # stands for a text in a rendered chat template
 
 
@@ -314,13 +315,14 @@ def read_config(path: str | Path):
 
     Raises FileNotFoundError for a folder without a model, ValueError for another kind of model."""
     if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model's folder")
+        raise FileNotFoundError(f"{path}: no config.json; expected a Hugging Face model's folder, "
+                                "or a run with a checkpoint. Nothing is downloaded")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:                      # transformers raises many kinds
         raise ValueError(f"{path}: config.json cannot be used: {error}") from error
-    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
-        raise ValueError(f"{path}: expected a vision-language model such as qwen2_5_vl, "
+    if not config.model_type.startswith(FAMILIES):
+        raise ValueError(f"{path}: expected a model of the family {' or '.join(FAMILIES)}, "
                          f"found {config.model_type}")
     return config
 

@@ -12,6 +12,7 @@ Run it:  python -m lib.question "(b)" "the red" blue red        # which option a
 """
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -84,8 +85,11 @@ def normalise(text: str) -> str:
     """Lower case, single spaces, without punctuation that is no part of a word.
 
     A text of signs alone stays as it is: "<5" is not ">5", and "+" is not "-"."""
-    words = re.findall(r"[\w.%<>+#$-]*\w[\w%+#]*", text.lower())
-    return " ".join(words) or text.strip()
+    text = unicodedata.normalize("NFC", text.strip().lower()).replace("\N{MINUS SIGN}", "-")
+    # accents and vowel signs are parts of words, in many scripts characters of their own
+    letter = r"\w" + "".join({c for c in text if unicodedata.category(c).startswith("M")})
+    words = re.findall(f"[{letter}.%<>≤≥+#$€£-]*[{letter}][{letter}%+#]*", text)
+    return " ".join(words) or text
 
 
 def choose(answer: str, choices: tuple[str, ...]) -> int | None:

@@ -60,16 +60,17 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
     """Join the ranks that torchrun started, if it did. Returns this rank's device.
 
     timeout: seconds to wait for another rank before it is an error; longer than any rank ever works
-    alone. Raises ValueError for cuda without a GPU, or another device."""
+    alone. Raises ValueError for a GPU that is not there, or another device."""
     global STORE
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device: expected cpu or cuda, found {device}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        number, count = int(device[5:] or 0), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"--device {device}: torch {torch.__version__} sees {count} GPUs")
+        torch.cuda.set_device(number)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         limit = timedelta(seconds=timeout)
         STORE, number, count = next(dist.rendezvous("env://", timeout=limit))

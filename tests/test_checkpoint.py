@@ -98,6 +98,9 @@ def test_a_run_is_its_newest_checkpoint(tmp_path):
     assert checkpoints(run) == [run / "step-000020", run / "step-000100"]
     assert newest(str(run)) == run / "step-000100"
     assert newest(run / "step-000020") == run / "step-000020" and newest("tiny") == Path("tiny")
+    # as it is noted: inside the project from there on
+    assert checkpoint.noted(run) == str(run / "step-000100")
+    assert checkpoint.noted(ROOT / "tiny") == "tiny" and checkpoint.ROOT / "tiny" == ROOT / "tiny"
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

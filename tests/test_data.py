@@ -65,9 +65,12 @@ def test_which_option_an_answer_names(answer, index):
 
 @pytest.mark.parametrize("text, normal", [
     ("  Red   Sign!", "red sign"), ("3.5", "3.5"), ("c++.", "c++"), ("<5", "<5"), ("+", "+"),
-    ("$3 (net)", "$3 net"), ("50%", "50%"), ("...", "..."), ("", "")])
+    ("$3 (net)", "$3 net"), ("50%", "50%"), ("...", "..."), ("", ""), ("\u22125", "-5"),
+    ("≥5!", "≥5"), ("€5", "€5"), ("cafe\u0301", "caf\u00e9"), ("\u0915\u0940.", "\u0915\u0940"),
+    ("\u0e40\u0e2a\u0e37\u0e49\u0e2d", "\u0e40\u0e2a\u0e37\u0e49\u0e2d")])
 def test_normalise(text, normal):
-    """Signs that change the meaning stay; case, spaces and other punctuation go."""
+    """Signs that change the meaning stay; case, spaces and other punctuation go. Accents and vowel
+    signs stay, as in Thai and Hindi, and one word in two codings is one."""
     assert normalise(text) == normal
 
 

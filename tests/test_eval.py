@@ -259,6 +259,22 @@ def test_resume_goes_to_the_last_evaluation(files, run, tmp_path):
     assert not read_predictions(second)
     assert "eval-2" in run(out, *arguments, "--n", 3)
     assert sorted(read_predictions(second)) == [0, 1, 2] and len(read_predictions(out)) == 2
+    # the first one, by its settings; and one that was never begun
+    (second / "settings.json").write_text(json.dumps({"model": "another"}))
+    run(out, *arguments, "--n", 4)
+    assert len(read_predictions(out)) == 4 and len(read_predictions(second)) == 3
+    with pytest.raises(SystemExit, match="--resume: expected an evaluation in --out, found none"):
+        run(tmp_path / "typo", *arguments)
+
+
+def test_answers_to_other_questions_are_refused(run, tmp_path):
+    """A line was put into the file after some answers: they would be counted for others."""
+    file, out = write_jsonl(world_questions(World(), 0, "test", 0, 3), tmp_path), tmp_path / "out"
+    run(out, "--data", file, "--no_score", "--n", 2)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[2], lines[0], lines[1]]) + "\n")
+    with pytest.raises(SystemExit, match="out: answer 0 is to 'What.*the questions have changed"):
+        run(out, "--data", file, "--no_score", "--resume")
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):
@@ -306,7 +322,7 @@ def test_predictions_are_never_overwritten(files, run, tmp_path):
     before = [file.read_bytes() for file in sorted(out.iterdir())]
     for n, name in ((2, "eval-2"), (1, "eval-3")):
         text = run(out, *arguments, n)
-        assert f"{out} holds a run; this one has --out {tmp_path / name}\n" in text
+        assert f"folder is {tmp_path / name}: {out} holds another run\n" in text
         assert f"saved in {tmp_path / name};" in text
         assert len(read_predictions(tmp_path / name)) == n
     assert [file.read_bytes() for file in sorted(out.iterdir())] == before

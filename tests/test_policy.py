@@ -317,9 +317,10 @@ def test_saved_model_loads_in_transformers(policy, tmp_path, questions):
 def test_a_directory_that_is_no_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         Policy(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ValueError, match="vision"):
-        Policy(tmp_path)
+    for other in ("qwen2", "qwen2_vl", "gemma3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": other}))
+        with pytest.raises(ValueError, match=f"qwen2_5_vl or qwen3_vl, found {other}$"):
+            Policy(tmp_path)
 
 
 WEIGHT, BIAS = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.proj.bias"

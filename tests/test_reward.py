@@ -209,9 +209,11 @@ def test_a_label_that_names_nothing_is_astray():
 def test_a_label_names_whole_words():
     """"car" is not named by "scarf", nor "red circle" by "coloured circle"; an article of the
     object's own name does not count."""
-    objects = {"The Number": PLATE, "car": PLATE, "red circle": PLATE, "公交车": PLATE}
+    objects = {"The Number": PLATE, "car": PLATE, "red circle": PLATE, "公交车": PLATE,
+               "cafe\u0301": PLATE}
     said = {"number on the bus": False, "the scarf": True, "a coloured circle": True,
-            "the car, red": False, "two cars": False, "carson": True, "红色公交车": False}
+            "the car, red": False, "two cars": False, "carson": True, "红色公交车": False,
+            "the caf\u00e9": False}
     told = story("rising", *((label, CLOSE) for label in said), objects=objects)
     assert [astray(turn, told.question) for turn in told.looks] == list(said.values())
 

@@ -1,6 +1,7 @@
 """ZeRO-2: any split over ranks and micro-batches is AdamW, nothing hangs, a failing rank is named,
 and a checkpoint fits any number of ranks."""
 import os
+import re
 import time
 from pathlib import Path
 
@@ -202,10 +203,13 @@ def test_another_device_is_named(device):
         setup(device)
 
 
-def test_cuda_without_a_gpu_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", bool)
-    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU"):
-        setup("cuda")
+@pytest.mark.parametrize("device, count", [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_that_is_not_there_is_named(device, count, monkeypatch):
+    """torch's version says whether it is a CPU build."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    words = f"--device {device}: torch {torch.__version__} sees {count} GPUs"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        setup(device)
 
 
 # ---- what the ranks do; each writes what it saw, the tests below look at it ----------------------

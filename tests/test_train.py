@@ -588,7 +588,7 @@ def test_the_real_command(tmp_path):
     assert len(line["advantage"]) == len(line["turns"]) and line["step"] == 1
     assert {"text", "box", "label", "score"} <= set(line["turns"][0])
     base = json.loads(files["step-000001/train.json"])["model"]
-    assert base == str(ROOT / "tiny")                     # from any working directory
+    assert base == "tiny"            # from any working directory, and wherever the project lies
 
 
 def test_a_step_that_is_too_large_is_not_saved(tmp_path, monkeypatch):
