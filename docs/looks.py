@@ -5,7 +5,7 @@ needs two true looks, and a right reading of both. While a second look mostly mi
 score S of a trajectory whose first look was true, and it hardly raises the outcome r. The table
 sorts sampled trajectories by which of their looks held what their label names: "true", or "beside".
 
-Run it:  python docs/looks.py                     # of tiny/; 45 s
+Run it:  python docs/looks.py                     # of tiny/; about 1 minute
          python docs/looks.py --model runs/mapo   # of a trained one
 """
 import argparse

@@ -130,8 +130,9 @@ are the agent's. *Loaded*: resident memory with Python, model, optimiser and tra
 TAIL = """
 - **The number of micro-batches costs nothing**: rows 1 to 3. Gradients are added where they are.
 - **The size of a micro-batch is what counts**: rows 3 to 5.
-- **`--recompute`** saves most of it: row 6 against 3, row 7 against 5. What is left is mostly one
-  layer, logits and gradients.
+- **`--recompute`** saves nearly half of the peak with small micro-batches (row 6 against 3), and
+  more than half with large ones (row 7 against 5). What is left is mostly one layer, logits and
+  gradients.
 - **Ranks share the optimiser**: row 8 against 1.
 """
 

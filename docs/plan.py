@@ -18,10 +18,12 @@ N ranks; L layers, D hidden, I MLP, A = heads x head size, V vocabulary:
     bucket        gradients on their way to the optimiser: 4 + 4 / N a weight of the largest bucket
     logits        12 V x min(512, own tokens), in policy.TokenLogprobs
 
-The model directory needs config.json alone. Weights and optimiser are exact; the rest are upper
-bounds: each trajectory takes all its turns, each turn all its tokens. Not counted: CUDA's context,
-the allocator's fragments, the kernels' workspace, PPO's critic. tests/test_plan.py compares a
-micro-batch on the CPU, docs/gpu.py a step of a 3B on a GPU.
+The model directory needs config.json alone. Weights and optimiser are exact. The rest are upper
+bounds for questions like the first 32 of --data: each trajectory takes all its turns, each turn all
+its tokens. Not counted: larger pictures and longer texts of other questions, --test's among them;
+the images of DAPO's second to tenth draw; the scorer's start, which encodes 128 crops in one call;
+CUDA's context, the allocator's fragments, the kernels' workspace, PPO's critic. tests/test_plan.py
+compares a micro-batch on the CPU, docs/gpu.py a step of a 3B on a GPU.
 
 Run it:  python docs/plan.py                                # tiny/, with train.py's defaults; 5 s
          python docs/plan.py --model DIR --questions 4 ..   # train.py's options (docs/larger.md)
@@ -38,6 +40,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from lib.checkpoint import newest
 from lib.data import DataError, read_jsonl
 from lib.policy import read_config, usual_coordinates
 from report import side_by_side
@@ -262,6 +265,7 @@ def seconds(s: Shape, config: Config, lengths: Lengths, ranks: int) -> dict[str,
 # ---- what a person reads -------------------------------------------------------------------------
 
 def show(config: Config) -> None:
+    config.model = str(newest(config.model))                  # of a run, as train.py takes it
     s = read_shape(config.model, config.dtype)
     lengths, note = read_lengths(s, config)
     rows, group = micro_rows(config, lengths, config.group), config.group
@@ -269,8 +273,8 @@ def show(config: Config) -> None:
           f"questions x {group} trajectories")
     print(f"weights      {s.n:,}: {s.m:,} in the language model, trained; the rest frozen")
     print(f"questions    {note} pixels")
-    print(f"tokens       at most: image {lengths.image:,}, crop {lengths.crop:,}, prompt "
-          f"{lengths.prompt:,}, trajectory {lengths.whole:,}")
+    print(f"tokens       at most, of the first {FIRST} questions: image {lengths.image:,}, crop "
+          f"{lengths.crop:,}, prompt {lengths.prompt:,}, trajectory {lengths.whole:,}")
     print(f"micro-batch  holds {rows} of a group's {group} longest trajectories")
     if rows < group:
         print(f"warning: so their prompt is computed {math.ceil(group / rows)} times; "

@@ -6,7 +6,7 @@ purpose, many times, from a seed. What is tried *survives* if it ends as it shou
     a hostile turn        a checked Call, an Answer, or a ToolError of one line; within 0.1 s
     a damaged file        questions whose fields and pictures hold, or a DataError with its name
     a damaged model       an error of one line, or a model that says what it said before
-    a damaged checkpoint  an error of one line before the run goes on
+    a damaged checkpoint  an error by checkpoint.verify, which a run calls before it goes on
     a kill                the run goes on, and ends as one that nobody killed, bit for bit
     a full disk           an error of one line; the older checkpoint stands, and the run goes on
 
@@ -240,7 +240,7 @@ def damaged_models(count: int, rng: random.Random, folder: Path) -> list[bool]:
 
 
 def damaged_checkpoints(count: int, rng: random.Random, saved: Path) -> list[bool]:
-    """Any byte of any file of a checkpoint."""
+    """Any byte of any file of a checkpoint. Only `verify` is called, no run goes on."""
     survived, files = [], sorted(path for path in saved.rglob("*") if path.is_file())
     for _ in range(count):
         file = rng.choice(files)

@@ -10,7 +10,7 @@ What it teaches: a score can be judged by two different questions.
 The looks are those that the agent of tiny/ samples about held-out questions. Half of the questions
 choose the constants that fit best, the other half judges them.
 
-Run it:  python docs/score.py                              # 35 s: every table of docs/score.md
+Run it:  python docs/score.py                              # 30 s: the tables of docs/score.md
          python docs/score.py --encoder runs/tiny-aim      # a stage of docs/build.py, left there
 """
 import argparse

@@ -106,7 +106,7 @@ def page(runs: list[dict]) -> str:
                    [run["after"]["accuracy"] for run in own]]
         rows.append(f"| {arm} | {' | '.join(mean_interval(values) for values in columns)} |")
     table = "\n".join(rows)
-    return f"""{title}
+    return f"""# {title.rstrip(".")}
 
 {about}
 

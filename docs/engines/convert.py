@@ -127,14 +127,16 @@ def contents(question: Question) -> dict:
 
 if __name__ == "__main__":
     disable_progress_bars()
-    paths = [Path(word) for word in sys.argv[1:]]
+    paths, units = [Path(word) for word in sys.argv[1:3]], sys.argv[3:]
+    ours = bool(paths) and paths[0].suffix == ".jsonl"
     if sys.argv[1:] == ["--check"]:
         check()
-    elif len(paths) not in (2, 3):
-        sys.exit("expected SOURCE TARGET, and perhaps 1000 as the units of boxes; or --check")
-    elif paths[0].suffix == ".jsonl":
+    elif len(paths) != 2 or units and not (ours and units in (["pixels"], ["1000"])):
+        sys.exit("expected SOURCE TARGET, and after a SOURCE.jsonl perhaps pixels or 1000 as the "
+                 "units of boxes; or --check")
+    elif ours:
         try:
-            convert(paths[0], paths[1], *sys.argv[3:])
+            convert(*paths, *units)
         except DataError as error:
             sys.exit(str(error))
     else:

@@ -172,10 +172,16 @@ def make_trainer(policy: Policy, path: Path, options: dict, reward_funcs, callba
 
 
 def make_config(options: dict, **more):
-    """TRL's settings. The processes of torchrun or accelerate share the rows of a step."""
+    """TRL's settings. The processes of torchrun or accelerate share the rows of a step.
+
+    Raises ValueError if the rows make no whole micro-batches: TRL would leave some out."""
     from trl import GRPOConfig
-    rows = options["questions"] * options["group"] // int(os.environ.get("WORLD_SIZE", 1))
-    micro, turns = min(options["micro_rows"], rows), options["max_turns"]
+    whole, processes = options["questions"] * options["group"], int(os.environ.get("WORLD_SIZE", 1))
+    most, rows, turns = options["micro_rows"], whole // processes, options["max_turns"]
+    micro = min(most, rows)
+    if rows * processes < whole or rows % micro:
+        raise ValueError(f"--questions x --group: expected for each of {processes} processes at "
+                         f"most {most} rows, or a multiple of {most}; found {whole} in all")
     return GRPOConfig(
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", disable_tqdm=True, max_steps=options["steps"],

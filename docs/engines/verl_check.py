@@ -5,7 +5,7 @@ the CPU. `Server` stands for vLLM, and answers with tiny/ and our sampler; `Proc
 Qwen's. The same seed must give the same tokens as rollout.collect. Then verl's `compute_advantage`
 must give what mapo.advantages gives.
 
-Run it, in the environment of docs/references.py with these packages (15 s on a core):
+Run it, in the environment of docs/references.py with these packages (14 s):
 
     pip install --no-deps cachetools torchdata uvicorn fastapi starlette peft
     pip install --no-deps opentelemetry-api opentelemetry-sdk opentelemetry-exporter-prometheus

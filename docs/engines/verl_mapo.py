@@ -19,11 +19,12 @@ A score is above 0, so 0 is no look. A turn of one token is none either: if the 
 r stands there. verl's curve of the score shows r plus all s; its curve of "acc" shows r alone.
 
 docs/engines/verl_check.py runs all of it on the CPU, and names the packages. What needs GPUs was
-not run: vLLM, verl's workers, a step of training. Three things differ there. The tool cuts from the
-picture that verl loaded, and qwen_vl_utils reduces large ones. The placeholders of images are not
-left out of sampling and softmax. And verl's loss has a dual clip (clip_ratio_c), ours has none.
+not run; docs/engines.md says what that is, and what differs there.
 
-Run it:  python docs/engines/verl_mapo.py MODEL TRAIN.parquet TEST.parquet
+Run it:  python docs/engines/verl_mapo.py MODEL TRAIN.parquet TEST.parquet [QUESTIONS.jsonl]
+
+A last word, pixels or 1000, gives the units of boxes; else they are those of agent.json beside the
+model, or of its family. docs/engines/convert.py must have written the data for the same units.
 
 It writes runs/verl/tools.yaml and prints the command that trains; 8 s.
 """
@@ -143,7 +144,7 @@ class Zoom(BaseTool):
     def __init__(self, config: dict, tool_schema: OpenAIFunctionToolSchema | None = None):
         super().__init__(config, tool_schema)
         questions = list(read_jsonl(config["questions"]))[:64] if config["questions"] else None
-        policy = Policy(config["model"], coordinates=config["coordinates"] or "pixels")
+        policy = Policy(config["model"], coordinates=config["coordinates"] or None)
         self.scorer = Scorer(policy, questions)
 
     def get_openai_tool_schema(self) -> OpenAIFunctionToolSchema:
@@ -225,7 +226,11 @@ def configure(model: str, train: str, test: str, questions: str = "", coordinate
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
-        sys.exit("expected MODEL TRAIN.parquet TEST.parquet, and perhaps QUESTIONS.jsonl")
-    words = [f"'{word}'" for word in configure(*map(os.path.abspath, sys.argv[1:]))]
+    given = sys.argv[1:]
+    units = given.pop() if given[-1:] in (["pixels"], ["1000"]) else ""
+    if len(given) not in (3, 4):
+        sys.exit("expected MODEL TRAIN.parquet TEST.parquet, and perhaps QUESTIONS.jsonl, and "
+                 "pixels or 1000 as the units of boxes")
+    overrides = configure(*map(os.path.abspath, given), coordinates=units)
+    words = [f"'{word}'" for word in overrides]
     print("PYTHONPATH=docs/engines python -m verl.trainer.main_ppo", *words, sep=" \\\n    ")
