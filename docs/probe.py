@@ -140,9 +140,9 @@ def interval(values: Tensor) -> list[float | None]:
     return [values[0].item(), *values[1:].quantile(torch.tensor([.025, .975])).tolist()]
 
 
-def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> Moments:
-    """What eq. 15 asks for, each (B,), from z, r, S (n, group). The group's mean is taken off: what
-    differs between questions is no noise of an advantage (eq. 14)."""
+def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> tuple[Moments, Tensor]:
+    """What eq. 15 asks for, and Var(z), each (B,), from z, r, S (n, group). The group's mean is
+    taken off: what differs between questions is no noise of an advantage (eq. 14)."""
     z, r, S = (x - x.mean(1, keepdim=True) for x in (z, r, S))
 
     def mean(x: Tensor) -> Tensor:
@@ -151,7 +151,17 @@ def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> Moments:
     zz = mean(z * z)
     d_r, d_s = mean(z * r) / zz, mean(z * S) / zz
     return Moments(d_r, d_s, mean(r * r) - d_r ** 2 * zz, mean(S * S) - d_s ** 2 * zz,
-                   mean(r * S) - d_r * d_s * zz)
+                   mean(r * S) - d_r * d_s * zz), zz
+
+
+def predicted(model: Moments, zz: Tensor) -> dict[str, Tensor]:
+    """SNR over that of GRPO, each (B,): by eq. 15, and by eq. 18 where it is small, as it is for a
+    policy of many tokens. There it is proportional to x / (1 + x) with x = Var(z) SNR(b), which is
+    1 if the return is z itself."""
+    x, x_0 = zz * model.snr(.4), zz * model.snr(0.)
+    grpo = x_0 / (1 + x_0)
+    return {"by eq. 15, beta 0.4": x / x_0, "by eq. 18, beta 0.4": x / (1 + x) / grpo,
+            "by eq. 18, oracle": 1 / grpo}
 
 
 # ---- one policy in one world ---------------------------------------------------------------------
@@ -180,9 +190,9 @@ def probe(policy: Policy, scorer: Scorer, options: int, n: int) -> list[dict]:
     r, s, looked = rewards(trajectories)
     S = mapo.trajectory_score(s, looked, Config.lam)
     z, W = torch.tensor([float(hit(t)) for t in trajectories]), resamples(n)
-    model = moments(z.view(n, GROUP), r.view(n, GROUP), S.view(n, GROUP), W)
+    model, zz = moments(z.view(n, GROUP), r.view(n, GROUP), S.view(n, GROUP), W)
     common = {"trajectories": measure(trajectories),
-              "predicted": interval(model.snr(.4) / model.snr(0.))}
+              "predicted": {name: interval(x) for name, x in predicted(model, zz).items()}}
     lines = []
     for kind, snr in compare(trajectories, score_vectors(policy, trajectories), W, GROUP).items():
         rows = {name: {"snr": interval(x), "snr - grpo": interval(x - snr["grpo"])}
@@ -230,8 +240,8 @@ def tables(records: list[dict]) -> str:
         rows = {name: [cell(x["rows"][name][key], 1, 1000, sign) for x in records]
                 for name in ROWS if key == "snr" or name != "grpo"}
         lines += table(title, records, rows)
-    ratios = {"by eq. 15, beta 0.4": [cell(x["predicted"] if x["tokens"] == "looks" else None, 2)
-                                      for x in records]}
+    ratios = {name: [cell(x["predicted"][name] if x["tokens"] == "looks" else None, 2)
+                     for x in records] for name in made["predicted"]}
     ratios |= {f"of the gradient, {name}": [cell(x["gains"][name], 2) for x in records]
                for name in made["gains"]}
     lines += table("Over GRPO's:", records, ratios)

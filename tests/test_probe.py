@@ -171,10 +171,16 @@ def test_measured_moments_are_those_of_the_model():
     place, r, s = model.sample((8000, 8), torch.Generator().manual_seed(0))
     offset = torch.randn(8000, 1, generator=torch.Generator().manual_seed(1))
     W = torch.tensor([[1.] * 8000, [2.] * 4000 + [0.] * 4000])
-    found = probe.moments((place == 0).float(), r + offset, s - offset, W)
+    found, zz = probe.moments((place == 0).float(), r + offset, s - offset, W)
     for name, value in vars(model.moments).items():
         assert torch.allclose(getattr(found, name), torch.tensor(value), atol=.01), name
     assert found.snr(.4)[0].item() == pytest.approx(model.moments.snr(.4), rel=.03)
+    assert zz[0].item() == pytest.approx(.25 * .75, rel=.01)
+    by_15, by_18, oracle = probe.predicted(found, zz).values()
+    x, x_0 = (.1875 * model.moments.snr(b) for b in (.4, 0.))
+    assert by_15[0].item() == pytest.approx(x / x_0, rel=.03)
+    assert by_18[0].item() == pytest.approx(x / (1 + x) / (x_0 / (1 + x_0)), rel=.03)
+    assert oracle[0].item() == pytest.approx((1 + x_0) / x_0, rel=.03)
 
 
 # ---- the page ------------------------------------------------------------------------------------
