@@ -31,7 +31,7 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from lib import benchmarks, checkpoint, shard
+from lib import benchmarks, checkpoint, page, shard
 from lib.data import DataError, check_pictures, listed
 from lib.policy import Policy, Tokens
 from lib.question import Question
@@ -211,17 +211,14 @@ def load_scorer(args: argparse.Namespace, policy: Policy, questions: list[Questi
 
 
 def to_resume(begun: list[Path], settings: dict) -> Path:
-    """The last evaluation that was begun with these settings; else the last, of which open_folder
-    then says what differs."""
-    if not begun:
-        raise FileNotFoundError("--resume: expected an evaluation in --out, found none")
-    same = [path for path in begun
-            if json.loads((path / "settings.json").read_text(encoding="utf-8")) == settings]
-    return (same or begun)[-1]
+    """Of the evaluations that were begun with these settings the one with most answers. If there is
+    none, the last one: open_folder then says what differs."""
+    same = [path for path in begun if page.read_settings(path) == settings]
+    return max(same or begun[-1:], key=lambda path: len(read_predictions(path)))
 
 
 def open_folder(out: Path, settings: dict) -> None:
-    """Begin in an empty folder, or go on in one whose predictions have the same settings."""
+    """Begin in a folder that holds none, or go on in one whose predictions have these settings."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(out)                 # before anything in it is touched
     if predictions(out):
@@ -240,8 +237,8 @@ def ask(args: argparse.Namespace, policy: Policy, scorer: Scorer | None, questio
     done, rank = read_predictions(out), shard.rank()
     for n, saved in done.items():
         if n < len(questions) and not is_same(questions[n], saved):
-            raise ValueError(f"{out}: answer {n} is to {saved['question'][:80]!r}, found now "
-                             f"{questions[n].text[:80]!r}: the questions have changed; begin anew")
+            raise ValueError(f"{out}: answer {n} is to question {saved['id']}, found now "
+                             f"{questions[n].id}, or with another text; begin anew")
     starts = range(rank * args.batch, len(questions), shard.ranks() * args.batch)
     for start in tqdm(starts, disable=rank > 0 or not sys.stderr.isatty(), unit="batch"):
         numbers = range(start, min(start + args.batch, len(questions)))
@@ -296,12 +293,15 @@ def run(args: argparse.Namespace) -> None:
         scorer = None if args.no_score else load_scorer(args, policy, every)
         settings = {key: value for key, value in vars(args).items() if key not in FREE}
         taken, out = checkpoint.next_folders(Path(args.out))
-        if args.resume:
-            out = to_resume([path for path in taken if predictions(path)], settings)
+        begun = [path for path in taken if predictions(path)]
+        if args.resume and begun:
+            out = to_resume(begun, settings)
     with shard.together():
         if shard.rank() == 0:
             if Path(args.model) != named:
                 print(f"judging {args.model}, the newest weights of {named}")
+            if args.resume and not begun:
+                print(f"nothing to resume in {args.out}: this evaluation begins")
             if out != Path(args.out):
                 print(f"the evaluation's folder is {out}: {args.out} holds another run")
             open_folder(out, settings)
@@ -327,7 +327,8 @@ def main() -> None:
     add("--no_score", action="store_true", help="no semantic scores: no second model is loaded")
     add("--films", type=int, default=4, help="film strips of the first questions")
     add("--out", default="runs/eval", help="folder for predictions and film strips")
-    add("--resume", action="store_true", help="keep the predictions in --out, ask only the rest")
+    add("--resume", action="store_true", help="keep the predictions of the same settings in --out, "
+        "--out-2, .., ask only the rest")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--coordinates", choices=["pixels", "1000"],
@@ -343,7 +344,7 @@ def main() -> None:
     try:
         run(args)
     except KeyboardInterrupt:
-        sys.exit("\neval.py: stopped; the same command with --resume asks the rest")
+        sys.exit("\neval.py: stopped; with --resume the same command asks the rest")
     except (DataError, OSError, ValueError, shard.RankFailed) as error:
         sys.exit(f"eval.py: {shard.named(error)}")
     except torch.OutOfMemoryError as error:

@@ -68,9 +68,9 @@ def in_short(metrics: dict) -> str:
 def collapse(metrics: dict) -> str:
     """What went wrong, in words; empty while all is well."""
     if not math.isfinite(metrics["grad_norm"]):
-        return "the gradient is not finite: the step was skipped; lower --lr"
+        return "the gradient of an update is not finite: it was skipped; lower --lr"
     if not math.isfinite(metrics.get("value_loss", 0.)):
-        return "the critic's gradient is not finite: its step was skipped; lower --critic_lr"
+        return "the critic's gradient is not finite: its update was skipped; lower --critic_lr"
     if metrics["skipped"]:
         return "no group had a signal: the step was skipped"
     if metrics["calls"] < .1:

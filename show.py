@@ -143,7 +143,8 @@ def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str,
 
 def is_same(question: Question, saved: dict) -> bool:
     """Is it still what was asked? Else it may have another picture, too."""
-    return (question.text, list(question.choices)) == (saved.get("question"), saved.get("choices"))
+    asked = saved.get("id"), saved.get("question"), saved.get("choices")
+    return asked == (question.id, question.text, list(question.choices))
 
 
 def draw_again(names: Iterable[str], world: World) -> Iterator[Question]:
@@ -218,7 +219,8 @@ def main() -> None:
         if not args.runs:
             show_one(args)
         elif args.text:
-            print("\n\n".join(tell(folder, args.step) for folder in args.runs))
+            for folder in args.runs:
+                print(f"{folder}\n\n{tell(folder, args.step)}\n")
         else:
             print(write_page(args.runs))
     except (OSError, ValueError) as error:

@@ -459,10 +459,10 @@ def over_ranks(totals: dict[str, float]) -> tuple[dict[str, float], float]:
 def stop_if_diverged(run: Run, step: int) -> None:
     if run.diverged == 3 or not_finite(run.policy.model):
         what = "three gradients in a row" if run.diverged else "the new weights"
-        raise ValueError(f"step {step + 1}: {what} are not finite. {begin_anew(run)}")
+        raise ValueError(f"step {step + 1}: {what} are not finite. {advice(run)}")
 
 
-def begin_anew(run: Run) -> str:
+def advice(run: Run) -> str:
     found = len(checkpoint.checkpoints(run.out))
     return f"Begin anew with a lower --lr; older checkpoints in {run.out}: {found}"
 
@@ -472,9 +472,9 @@ def begin_anew(run: Run) -> str:
 def measured(run: Run, step: int, sampled: list[Trajectory], updates: list[dict], began: float,
              rolled: float) -> dict:
     """The numbers of a step, over all ranks (docs/run.md). Those of an update are of the last one,
-    or of one whose gradient was not finite; but logp_gap, by how much sampler and trainer disagree,
-    is of the first one, before which nothing has moved the policy."""
-    told = next((u for u in updates if not math.isfinite(u["grad_norm"])), updates[-1])
+    or of one with a number that is not finite; but logp_gap, by how much sampler and trainer
+    disagree, is of the first one, before which nothing has moved the policy."""
+    told = next((u for u in updates if not all(map(math.isfinite, u.values()))), updates[-1])
     seconds, signal = time.time() - began, signal_of(sampled, run.config).tolist()
     tokens = shard.all_sum(sum(len(t.mask) for t in sampled))
     return {"step": step + 1, **measure(sampled, shard.all_sum),
@@ -495,16 +495,15 @@ def save_if_due(run: Run, step: int, stopped: bool) -> None:
     due = stop or done % config.save_every == 0 or done == config.steps
     if run.diverged and done == config.steps:
         raise ValueError(f"step {done}: the last gradient is not finite: these weights are neither "
-                         f"saved nor judged. {begin_anew(run)}")
+                         f"saved nor judged. {advice(run)}")
     if due and not run.diverged:
         watch(run, done)
         checkpoint.save(run.out, done, run.policy, run.optimisers, run.generator, settings(config))
         show_page(run)
     if stop:
-        saved, how = checkpoint.checkpoints(run.out), begin_anew(run)
-        if saved:                                       # none, if all steps diverged
-            how = f"the same command with --resume goes on from {saved[-1]}"
-        raise KeyboardInterrupt(f"stopped after step {done}; {how}")
+        saved = checkpoint.checkpoints(run.out)         # none, if all steps diverged
+        further = f"--resume goes on from {saved[-1]}" if saved else advice(run)
+        raise KeyboardInterrupt(f"stopped after step {done}; {further}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from eval import restore
 from lib import page
 from lib.question import Question
 from rollout import Trajectory
-from show import SIDE, film_strip, find_questions, stack
+from show import SIDE, film_strip, find_questions, is_same, stack
 
 
 def write_animation(folder: Path) -> Path:
@@ -24,7 +24,7 @@ def write_animation(folder: Path) -> Path:
     questions = find_questions(watched, folder, held_out=True)
     first, steps = {}, {}
     for saved in watched:
-        if saved["id"] in questions:
+        if saved["id"] in questions and is_same(questions[saved["id"]], saved):
             first.setdefault(saved["category"], saved["id"])
             steps.setdefault(saved["step"], {})[saved["id"]] = saved
     if not steps:

@@ -67,7 +67,7 @@ def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Questio
                 expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
                 row = dict(zip(columns, fields))
                 image, load = row["image"].strip(), None
-                if len(image) > 64:                        # else the index of a row that has it
+                if len(image) > 64 and row["index"]:       # else the index of a row that has it
                     column = columns.index("image")
                     load = opener(functools.partial(read_image, path, offset, column), where)
                     openers.setdefault(row["index"].strip(), load)

@@ -19,8 +19,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -76,17 +77,19 @@ def lock(folder: Path) -> None:
     Raises ValueError if another one does."""
     if folder in LOCKS:
         return
-    file, locked = (folder / "lock").open("a+"), False
-    while not locked:
+    file = (folder / "lock").open("a+")
+    for _ in range(20):                  # whoever only asks, as `owner` does, holds it for a moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError:
-            if process := owner(folder):        # else one that only asked, as `owner` does
-                raise ValueError(f"{folder}: process {process} writes there; wait for its end, or "
-                                 "choose another --out") from None
-        except OSError:                         # a disk of a cluster that knows no locks
             break
+        except BlockingIOError:
+            time.sleep(.05)
+        except OSError:                  # a disk of a cluster that knows no locks
+            break
+    else:
+        file.seek(0)
+        raise ValueError(f"{folder}: process {file.read() or '?'} writes there; wait for its end, "
+                         "or choose another --out")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -99,7 +102,7 @@ def owner(folder: Path) -> str:
         return ""
     with (folder / "lock").open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)       # several may ask at once
         except BlockingIOError:
             return file.read() or "?"
         except OSError:
@@ -217,6 +220,8 @@ def check_settings(folder: Path, settings: dict, free: set[str], note: str = "tr
     """Raises ValueError if the run had other settings, by the note in its folder, but for the
     `free` ones: it would end as neither the old run nor a new one."""
     before = json.loads((folder / note).read_text(encoding="utf-8"))
+    if note == "train.json" and "model" in before:    # an older one has the base's full path
+        before["model"] = noted(ROOT / before["model"])
     changed = [f"--{name} {before[name]!r} there and {value!r} now"
                for name, value in settings.items()
                if name not in free and name in before and before[name] != value]
@@ -255,14 +260,16 @@ def step_of(line: str) -> float:
 @contextmanager
 def signals_noted():
     """Within it the first Ctrl-C or SIGTERM does not end the process: the function that it gives
-    says whether one came. The second is a KeyboardInterrupt."""
+    says whether one came; rank 0 says so on the screen. The second is a KeyboardInterrupt."""
     came = []
 
     def note(number, frame) -> None:
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        os.write(2, b"\nstopping after this step; once more stops at once, and saves nothing\n")
+        if shard.rank() == 0:
+            with suppress(OSError):              # nobody may listen any more
+                os.write(2, b"\nstopping after this step; once more stops at once, unsaved\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -40,7 +40,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SLOT = "{slot}"                         # stands for a text in a rendered chat template
 
 
@@ -321,8 +321,8 @@ def read_config(path: str | Path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:                      # transformers raises many kinds
         raise ValueError(f"{path}: config.json cannot be used: {error}") from error
-    if not config.model_type.startswith(FAMILIES):
-        raise ValueError(f"{path}: expected a model of the family {' or '.join(FAMILIES)}, "
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{path}: expected one of {', '.join(FAMILIES)}, "
                          f"found {config.model_type}")
     return config
 

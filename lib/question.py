@@ -87,8 +87,12 @@ def normalise(text: str) -> str:
     A text of signs alone stays as it is: "<5" is not ">5", and "+" is not "-"."""
     text = unicodedata.normalize("NFC", text.strip().lower()).replace("\N{MINUS SIGN}", "-")
     # accents and vowel signs are parts of words, in many scripts characters of their own
-    letter = r"\w" + "".join({c for c in text if unicodedata.category(c).startswith("M")})
-    words = re.findall(f"[{letter}.%<>≤≥+#$€£-]*[{letter}][{letter}%+#]*", text)
+    letter = r"\w" + "".join({c for c in text if unicodedata.category(c) in ("Mn", "Mc")}
+                             - {"\N{VARIATION SELECTOR-15}", "\N{VARIATION SELECTOR-16}"})
+    words = []
+    for word in re.findall(f"[{letter}.%<>≤≥+#$€£-]+", text):
+        if end := re.match(rf".*\w[{letter}%+#€£]*", word):           # signs behind it go
+            words.append(end[0])
     return " ".join(words) or text
 
 

@@ -67,9 +67,10 @@ def setup(device: str = "cpu", timeout: float = 1800) -> str:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
-        number, count = int(device[5:] or 0), torch.cuda.device_count()
+        number = int(device[5:] or 0)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if number >= count:
-            raise ValueError(f"--device {device}: torch {torch.__version__} sees {count} GPUs")
+            raise ValueError(f"--device {device}: torch {torch.__version__} sees {count} GPU(s)")
         torch.cuda.set_device(number)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         limit = timedelta(seconds=timeout)

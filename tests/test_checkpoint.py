@@ -254,6 +254,9 @@ def test_changed_settings_are_named(tmp_path):
                                                      "steps": 10}))
     now = {"seed": 0, "lr": .1, "algo": "mapo", "steps": 20, "credit": "look"}
     check_settings(tmp_path, now, {"steps"})
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/train.json").write_text(json.dumps({"model": str(ROOT / "tiny")}))
+    check_settings(tmp_path / "older", {"model": "tiny"}, set())        # its full path, once
     with pytest.raises(ValueError) as error:
         check_settings(tmp_path, now | {"seed": 1, "algo": "grpo"}, {"steps"})
     assert str(error.value) == (f"{tmp_path}: --resume expected the same settings, found --seed 0 "
@@ -371,11 +374,17 @@ def test_weights_that_are_not_finite_are_never_saved(policy, saved, tmp_path, mo
     assert checkpoint.newest(tmp_path) == saved
 
 
-def test_the_first_signal_is_noted_and_the_second_ends():
-    before = signal.getsignal(signal.SIGINT)
+def test_the_first_signal_is_noted_and_the_second_ends(monkeypatch):
+    """The first says so, even if nobody listens."""
+    def write(file: int, words: bytes) -> None:
+        said.append(words)
+        raise BrokenPipeError
+
+    before, said = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(os, "write", write)
     with pytest.raises(KeyboardInterrupt), checkpoint.signals_noted() as stopped:
         assert not stopped()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped()
+        assert stopped() and b"stopping after this step" in said[0]
         os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before and len(said) == 1

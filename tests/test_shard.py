@@ -206,8 +206,9 @@ def test_another_device_is_named(device):
 @pytest.mark.parametrize("device, count", [("cuda", 0), ("cuda:1", 1)])
 def test_a_gpu_that_is_not_there_is_named(device, count, monkeypatch):
     """torch's version says whether it is a CPU build."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    words = f"--device {device}: torch {torch.__version__} sees {count} GPUs"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)      # a driver may be too old for it
+    words = f"--device {device}: torch {torch.__version__} sees {count} GPU(s)"
     with pytest.raises(ValueError, match=re.escape(words)):
         setup(device)
 

@@ -226,6 +226,8 @@ def test_a_lost_update_is_told(trajectories):
     good = {"grad_norm": .5, "skipped": 0., "logp_gap": .1}
     policy = SimpleNamespace(device=torch.device("cpu"))
     run = SimpleNamespace(config=Config(group=4), policy=policy)
+    critic = good | {"value_loss": math.inf, "skipped": 0.}
+    assert measured(run, 0, trajectories[:4], [critic, good], 0., 0.)["value_loss"] == math.inf
     for updates, skipped in (([lost, good], 1), ([good, lost], 1), ([good, good], 0)):
         found = measured(run, 0, trajectories[:4], updates, 0., 0.)
         assert found["skipped"] == skipped and found["logp_gap"] == updates[0]["logp_gap"]
