@@ -197,7 +197,7 @@ def harder(compared: dict[str, str], objects: int, first: str) -> Part:
 
 
 def luck() -> Part:
-    """The plainest coupling, credit by trajectory on GRPO, of whose gradient eq. 15 speaks. The
+    """The plainest coupling, credit by trajectory on GRPO, of whose gradient eq. 18 speaks. The
     first 20 steps count; with 4 options, GRPO's are those of the table, of 30."""
     rows, pairs = {}, {}
     for number in ("2", "4", "8", "0"):

@@ -156,8 +156,8 @@ def moments(z: Tensor, r: Tensor, S: Tensor, W: Tensor) -> tuple[Moments, Tensor
 
 def predicted(model: Moments, zz: Tensor) -> dict[str, Tensor]:
     """SNR over that of GRPO, each (B,): by eq. 15, and by eq. 18 where it is small, as it is for a
-    policy of many tokens. There it is proportional to x / (1 + x) with x = Var(z) SNR(b), which is
-    1 if the return is z itself."""
+    policy of many tokens. There it is proportional to x / (1 + x) with x = Var(z) SNR(b). That is 1
+    if the return is z itself."""
     x, x_0 = zz * model.snr(.4), zz * model.snr(0.)
     grpo = x_0 / (1 + x_0)
     return {"by eq. 15, beta 0.4": x / x_0, "by eq. 18, beta 0.4": x / (1 + x) / grpo,

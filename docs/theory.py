@@ -1,10 +1,10 @@
-"""The variance theory, predicted and measured: every number of docs/theory.md and credit.md.
+"""The variance theory, predicted and measured: the tables of docs/theory.md and credit.md.
 
 What it teaches: a proposition is worth what its check is worth. Each function below is one
 experiment. It states a proposition of these two pages, where the equations and proofs are, and
-returns what the proposition predicts beside what was measured. What is measured goes through
-mapo.advantages, the code that trains: on a sample, with its standard error, or exactly, over all
-groups of trajectories that there can be.
+returns what the proposition predicts beside what was measured. Advantages with a score go through
+mapo.advantages, the code that trains. Measured is on a sample, with its standard error, or exactly,
+over all groups of trajectories that there can be.
 
 Run it:  python docs/theory.py        # every table of both; 7 s
 """
@@ -143,10 +143,10 @@ def edge(model: Looking, beta: float, **size) -> tuple[float, float, tuple[Tenso
             model.gradient_snr(beta) / model.gradient_snr(0.), with_error(snr_ratio, g, g_0))
 
 
-# ---- propositions 1 to 3 -------------------------------------------------------------------------
+# ---- the propositions ----------------------------------------------------------------------------
 
 def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list[tuple]:
-    """Proposition 1: what baselines remove, and the group's mean among them; eq. 13 and 14.
+    """What baselines remove, and the group's mean among them; eq. 13 and 14.
 
     Half of the questions are easy, P(r=1) = .5, the others hard, .1. Where the look is right, one
     place of four, it is .4 more. So E[r | q] is .6 or .2, and Var(r) = .2 within + .04 between.
@@ -185,7 +185,7 @@ def group_effect(group: int = 8, questions: int = 50_000, seed: int = 0) -> list
 
 
 def vague_label(beta: float, vague_score: float | None) -> float:
-    """Where proposition 2 fails: the score depends on the words, not on z alone.
+    """Where eq. 15 fails: the score depends on the words, not on z alone.
 
     Four places times two labels, uniform policy. A specific label scores .8 or .3 with z, a vague
     one `vague_score` everywhere (None: as a specific one). Returns the cosine between the gradients
@@ -200,7 +200,7 @@ def vague_label(beta: float, vague_score: float | None) -> float:
 
 def credit_effect(turns: int = 3, lam: float = .95, group: int = 8, questions: int = 20_000,
                   seed: int = 0) -> list[tuple]:
-    """Proposition 3: a look is paid with less noise if only what it can change is counted, eq. 19.
+    """A look is paid with less noise if only what it can change is counted, eq. 19.
 
     Three independent looks, S alone. Returns rows: turn and credit, eq. 19, (measured, error) on
     what the look is paid, and (SNR, error) of its policy gradient."""
@@ -394,7 +394,7 @@ def show(title: str, head: list, rows: list[tuple], width: int = 17, digits: int
 
 
 def score_rows() -> list[tuple]:
-    """Proposition 2: eq. 15, and measured on returns; eq. 18, and measured on policy gradients,
+    """Eq. 15, and measured on returns; eq. 18, and measured on policy gradients,
     also with eq. 3's division by the group's deviation, which eq. 18 leaves out."""
     models = {"good score, sd .2": Looking(), "noisy score, sd .6": Looking(sd=.6),
               "useless score": Looking(mu=(.5, .5)), "two options, luck 1/2": Looking(luck=.5),

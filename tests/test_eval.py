@@ -224,7 +224,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(files, run, asked, tmp_path, mon
             raise KeyboardInterrupt
         return real(policy, questions, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume .* asks the rest"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="resume .* asks the rest"):
         patch.setattr(evaluation, "evaluate", dies)
         run(killed, *arguments)
     checkpoint.LOCKS.pop(killed).close()                  # as the end of a process does
@@ -271,7 +271,7 @@ def test_answers_to_other_questions_are_refused(run, tmp_path):
     run(out, "--data", file, "--no_score", "--n", 2)
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[2], lines[0], lines[1]]) + "\n")
-    with pytest.raises(SystemExit, match="out: answer 0 is to question test-0-0, found now test-0-2"):
+    with pytest.raises(SystemExit, match="answer 0 is to question test-0-0, found now test-0-2"):
         run(out, "--data", file, "--no_score", "--resume")
 
 
