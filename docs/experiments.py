@@ -207,6 +207,10 @@ def luck() -> Part:
         rows[names[0]] = f"--algo grpo --beta 0.4{short}"
         rows[names[1]] = f"--algo grpo{f'{SMALL}1000' if number == '4' else short}"
         pairs[f"with S - without, {number} options, paired"] = [names]
+    for number in ("8", "0"):
+        pairs[f"half of (that with 2 options - with {number})"] = [
+            ("grpo + S, 2 options", "grpo, 2 options"),
+            (f"grpo, {number} options", f"grpo + S, {number} options")]
     return replace(part(range(200, 208), rows, "", pooled=pairs), columns="speed")
 
 

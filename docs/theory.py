@@ -6,7 +6,7 @@ returns what the proposition predicts beside what was measured. Advantages with 
 mapo.advantages, the code that trains. Measured is on a sample, with its standard error, or exactly,
 over all groups of trajectories that there can be.
 
-Run it:  python docs/theory.py        # every table of both; 7 s
+Run it:  python docs/theory.py        # every table of both; 11 s
 """
 import math
 import sys
@@ -461,8 +461,8 @@ def luck_rows() -> list[tuple]:
     """Luck and eps as GRPO had them in its first 20 steps (docs/limits.md, its section Luck): from
     accuracy a, hit h and lucky l, luck = a l / (1 - h) and eps = 1 - a (1 - l) / h."""
     rows = []
-    for name, luck, eps in (("2 options", .38, .19), ("4 options", .23, .20),
-                            ("8 options", .16, .21), ("open", .11, .19)):
+    for name, luck, eps in (("2 options", .39, .18), ("4 options", .23, .20),
+                            ("8 options", .16, .21), ("open", .11, .20)):
         model = Looking(luck=luck, eps=eps, mu=(.17, .64), sd=.06 ** .5)
         m = model.moments
         rows.append((f"{name}, luck {luck:.2f}", m.snr(0.), m.snr(.4), *edge(model, .4),
