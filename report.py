@@ -2,7 +2,7 @@
 
 What it teaches: which numbers to watch while an agent trains, and when one of them is an alarm.
 
-    log       after each step: a line of metrics.jsonl, three whole trajectories, the bar
+    log       after each step: a line of metrics.jsonl, a few whole trajectories, the bar
     collapse  what went wrong, in words
     judge     the held-out questions, answered greedily and sampled: before training, and after it
     watch     a handful of them at each checkpoint, always the same ones

@@ -112,9 +112,8 @@ def write_page(folders: list[str | Path]) -> Path:
         for part in ("watched", "trajectories"):
             views = [page.view(saved) for saved in run[part]]
             questions = find_questions(run[part], folder, held_out=part == "watched")
-            for view, saved in zip(views, run[part]):
-                question = questions.get(view["id"])
-                if question and is_same(question, saved):
+            for view, saved, question in zip(views, run[part], questions):
+                if question:
                     page.add_pictures(view, saved, question, pictures)
             run[part] = views
         runs.append(run)
@@ -123,9 +122,9 @@ def write_page(folders: list[str | Path]) -> Path:
     return file
 
 
-def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str, Question]:
-    """The questions of saved trajectories by id, but for those that are gone: from the run's files,
-    or drawn again by the world."""
+def find_questions(lines: list[dict], folder: Path, held_out: bool) -> list[Question | None]:
+    """The question of each saved trajectory: from the run's files, or drawn again by the world.
+    None where it is gone, or is not any more what was asked."""
     settings = page.read_settings(folder)
     file = (held_out and settings.get("test")) or settings.get("data")
     ids = {page.text(line.get("id")) for line in lines}
@@ -135,10 +134,13 @@ def find_questions(lines: list[dict], folder: Path, held_out: bool) -> dict[str,
         else:
             world = World(settings.get("objects", 6), settings.get("options", 4))
             questions = draw_again(ids, world)
-        return {question.id: question for question in questions if question.id in ids}
+        found = {question.id: question for question in questions if question.id in ids}
     except (DataError, OSError, TypeError, ValueError) as error:
         print(f"{folder}: no pictures: {str(error)[:200]}", file=sys.stderr)
-        return {}
+        found = {}
+    matched = [found.get(page.text(line.get("id"))) for line in lines]
+    return [question if question and is_same(question, line) else None
+            for question, line in zip(matched, lines)]
 
 
 def is_same(question: Question, saved: dict) -> bool:

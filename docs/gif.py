@@ -14,17 +14,17 @@ from eval import restore
 from lib import page
 from lib.question import Question
 from rollout import Trajectory
-from show import SIDE, film_strip, find_questions, is_same, stack
+from show import SIDE, film_strip, find_questions, stack
 
 
 def write_animation(folder: Path) -> Path:
     """The film strips of three watched questions, one below the other, as a GIF: a frame for each
     step. They are one of each category, as far as there are three."""
     watched = page.read_run(folder)["watched"]
-    questions = find_questions(watched, folder, held_out=True)
-    first, steps = {}, {}
-    for saved in watched:
-        if saved["id"] in questions and is_same(questions[saved["id"]], saved):
+    questions, first, steps = {}, {}, {}
+    for saved, question in zip(watched, find_questions(watched, folder, held_out=True)):
+        if question:
+            questions[saved["id"]] = question
             first.setdefault(saved["category"], saved["id"])
             steps.setdefault(saved["step"], {})[saved["id"]] = saved
     if not steps:

@@ -80,7 +80,7 @@ class Looking:
         return Moments(1 - self.eps - self.luck, d_s, v_r, v_s, self.shared * v_r)
 
     def gradient_snr(self, beta: float, group: int = 8) -> float:
-        """Eq. 18, under the uniform policy of `sample`: of k places one shows the evidence."""
+        """Eq. 18, under the uniform policy of `sample`: of 1 / p places one shows the evidence."""
         k, grad_p = 1 - self.p, self.p ** 2 * (1 - self.p)       # |phi|^2; |gradient of p|^2
         snr = self.moments.snr(beta)
         if not snr:
@@ -126,19 +126,24 @@ def policy_gradient(A: Tensor, action: Tensor, actions: int, group: int) -> Tens
     return (A[:, None] * phi).view(-1, group, actions).mean(1)
 
 
-def sampled(model: Looking, beta: float, questions: int = 40_000, group: int = 8, seed: int = 0,
-            std: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Coupled returns (N,), z (N,), and each question's gradient by eq. 3 (questions, places); std:
-    with its division by the group's deviation."""
-    place, r, s = model.sample((questions * group,), torch.Generator().manual_seed(seed))
+def drawn(model: Looking, questions: int = 40_000, group: int = 8) -> tuple[Tensor, ...]:
+    """Places, outcomes and scores of groups end to end, (N,) each: the same whatever beta is."""
+    return model.sample((questions * group,), torch.Generator().manual_seed(0))
+
+
+def gradients(draw: tuple[Tensor, ...], model: Looking, beta: float, group: int = 8,
+              std: bool = False) -> Tensor:
+    """Each question's gradient by eq. 3 (questions, places); std: with its division by the group's
+    deviation."""
+    place, r, s = draw
     A = advantages(r, s[:, None], torch.ones(len(r), 1, dtype=torch.bool), group, beta, std=std)
-    gradient = policy_gradient(A, place, round(1 / model.p), group)
-    return (1 - beta) * r + beta * s, place == 0, gradient
+    return policy_gradient(A, place, round(1 / model.p), group)
 
 
-def edge(model: Looking, beta: float, **size) -> tuple[float, float, tuple[Tensor, Tensor]]:
+def edge(model: Looking, beta: float) -> tuple[float, float, tuple[Tensor, Tensor]]:
     """SNR at beta over that at 0: by eq. 15, by eq. 18, and of the gradient, with its error."""
-    g, g_0 = sampled(model, beta, **size)[2], sampled(model, 0., **size)[2]
+    draw = drawn(model)
+    g, g_0 = gradients(draw, model, beta), gradients(draw, model, 0.)
     return (model.moments.snr(beta) / model.moments.snr(0.),
             model.gradient_snr(beta) / model.gradient_snr(0.), with_error(snr_ratio, g, g_0))
 
@@ -403,13 +408,15 @@ def score_rows() -> list[tuple]:
               "shared noise, c/v_r 1": Looking(shared=1.)}
     rows = []
     for name, model in models.items():
-        m, samples = model.moments, [sampled(model, b) for b in BETAS]
-        divided = [sampled(model, b, std=True) for b in BETAS]
+        m, draw = model.moments, drawn(model)
+        place, r, s = draw
         rows.append((name, *(m.snr(b) for b in BETAS), "", m.best_beta,
                      m.break_even if m.break_even < 1 else "never"))
-        measured = {"returns": [with_error(scalar_snr, R, z) for R, z, _ in samples],
-                    "gradient": [with_error(snr_of, g) for *_, g in samples],
-                    "gradient, with std": [with_error(snr_of, g) for *_, g in divided]}
+        measured = {"returns": [with_error(scalar_snr, (1 - b) * r + b * s, place == 0)
+                                for b in BETAS]}
+        for kind, std in (("gradient", False), ("gradient, with std", True)):
+            measured[kind] = [with_error(snr_of, gradients(draw, model, b, std=std))
+                              for b in BETAS]
         for kind, found in measured.items():
             if kind == "gradient":
                 rows.append(("   gradient, eq. 18", *map(model.gradient_snr, BETAS)))

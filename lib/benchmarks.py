@@ -66,11 +66,11 @@ def read_tsv(path: Path, bad: list[DataError] | None) -> tuple[str, list[Questio
             with noted(bad):
                 expect(len(fields) == len(columns), where, "columns", len(columns), len(fields))
                 row = dict(zip(columns, fields))
-                image, load = row["image"].strip(), None
-                if len(image) > 64 and row["index"]:       # else the index of a row that has it
+                image, index, load = row["image"].strip(), row["index"].strip(), None
+                if len(image) > 64 and index:              # else the index of a row that has it
                     column = columns.index("image")
                     load = opener(functools.partial(read_image, path, offset, column), where)
-                    openers.setdefault(row["index"].strip(), load)
+                    openers.setdefault(index, load)
                 question = tsv_question(name, row, where)
                 question.open = load
                 questions.append(question)
